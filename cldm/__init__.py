@@ -1,0 +1,1 @@
+"""ControlNet on latent diffusion: configuration, whole model, checkpoint, and the reference algorithm."""

@@ -1,0 +1,159 @@
+"""Reading weights into a `ControlLDM`, strictly, without unpickling code and with one copy in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Mapping, Tuple
+
+import torch
+from torch import nn
+
+from cldm.config import ModelConfig
+from cldm.model import ControlLDM
+from cldm.weights import CheckpointError, Weights
+
+# Derived values that the original's checkpoint holds and these networks compute.
+DERIVED = frozenset(
+    [
+        "cond_stage_model.transformer.text_model.embeddings.position_ids",
+        "betas",
+        "alphas_cumprod",
+        "alphas_cumprod_prev",
+        "sqrt_alphas_cumprod",
+        "sqrt_one_minus_alphas_cumprod",
+        "log_one_minus_alphas_cumprod",
+        "sqrt_recip_alphas_cumprod",
+        "sqrt_recipm1_alphas_cumprod",
+        "posterior_variance",
+        "posterior_log_variance_clipped",
+        "posterior_mean_coef1",
+        "posterior_mean_coef2",
+    ]
+)
+SHOWN = 10
+
+
+def load_model(config: ModelConfig, weights: Weights) -> ControlLDM:
+    """A `ControlLDM` in FP32, for inference, with the given weights.
+
+    Raises
+    ------
+    CheckpointError
+        The file is damaged, holds code, or its names or shapes are not the model's; the first ten are listed.
+    """
+    with torch.device("meta"):
+        model = ControlLDM(config)
+    if weights.path is None:
+        _fill_random(model, int(weights.seed or 0))
+    else:
+        with _open_tensors(weights.path) as tensors:
+            _check_names(model, tensors, weights.path, config.name)
+            for name, _ in list(model.named_parameters()):
+                _set_parameter(model, name, tensors.get(name))
+    return model.eval().requires_grad_(False)
+
+
+class _Tensors:
+    """Tensors of a file by name, read one at a time."""
+
+    def __init__(self, shapes: Mapping[str, Tuple[int, ...]], get: Any) -> None:
+        self.shapes = shapes
+        self._get = get
+
+    def get(self, name: str) -> torch.Tensor:
+        """A tensor in FP32 that shares no memory with the file."""
+        tensor = self._get(name)
+        copy = torch.empty(tensor.shape, dtype=torch.float32)
+        return copy.copy_(tensor)
+
+
+@contextlib.contextmanager
+def _open_tensors(path: Path) -> Iterator[_Tensors]:
+    if path.suffix.lower() == ".safetensors":
+        with _open_safetensors(path) as tensors:
+            yield tensors
+    else:
+        state = _load_pickled(path)
+        yield _Tensors({name: tuple(t.shape) for name, t in state.items()}, state.__getitem__)
+
+
+@contextlib.contextmanager
+def _open_safetensors(path: Path) -> Iterator[_Tensors]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = safe_open(str(path), framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is truncated or not a safetensors file ({error}); copy it again") from error
+    with file:
+        names = list(file.keys())
+        yield _Tensors({name: tuple(file.get_slice(name).get_shape()) for name in names}, file.get_tensor)
+
+
+def _load_pickled(path: Path) -> Dict[str, torch.Tensor]:
+    options: Dict[str, Any] = {"map_location": "cpu", "weights_only": True}
+    # Mapped, the file's pages need not be held beside the model; torch has this since 2.1, for its zip format only.
+    if zipfile.is_zipfile(path) and "mmap" in inspect.signature(torch.load).parameters:
+        options["mmap"] = True
+    try:
+        state = torch.load(str(path), **options)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds more than tensors, or is no checkpoint, and was not unpickled: that could run code in it."
+            f" Save its state_dict alone, best as .safetensors. ({str(error).splitlines()[0]})"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} is truncated or no checkpoint ({str(error).splitlines()[0]}); copy it again"
+        ) from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} is not a state_dict: a mapping from names to tensors was expected")
+    return state
+
+
+def _check_names(model: nn.Module, tensors: _Tensors, path: Path, name: str) -> None:
+    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    found = tensors.shapes
+    missing = [key for key in wanted if key not in found]
+    unexpected = [key for key in found if key not in wanted and key not in DERIVED]
+    misshaped = [
+        f"{key}: {found[key]} instead of {wanted[key]}" for key in wanted if key in found and found[key] != wanted[key]
+    ]
+    problems = [
+        _list_names(kind, names)
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"{path} is not a checkpoint of {name}:\n" + "\n".join(problems))
+
+
+def _list_names(kind: str, names: List[str]) -> str:
+    more = f"\n    and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"  {len(names)} {kind}:\n    " + "\n    ".join(names[:SHOWN]) + more
+
+
+def _set_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def _fill_random(model: nn.Module, seed: int) -> None:
+    """Seeded weights under which activations keep their scale, so that errors measured on them mean something."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in list(model.named_parameters()):
+        value = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() > 1:
+            value.mul_(parameter[0].numel() ** -0.5)
+        elif name.endswith(".weight"):
+            value.mul_(0.1).add_(1.0)
+        else:
+            value.mul_(0.1)
+        _set_parameter(model, name, value)

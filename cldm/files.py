@@ -1,0 +1,102 @@
+"""Whole files or none: atomic writing and content hashes. No torch here."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Dict, Iterator, Optional
+
+CHUNK = 1 << 22
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that is renamed to it if the block ends well, and removed if it does not.
+
+    Raises
+    ------
+    OSError
+        The folder cannot be written; the message names the path.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=str(path.parent))
+        os.close(handle)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"cannot write {path}: {error.strerror}; choose another folder or free it"
+        ) from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def write_json(path: Path, value: Any) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def require_room(folder: Path, num_bytes: int) -> None:
+    """Make `folder` and check, before work is done for it, that it can be written and has room.
+
+    Raises
+    ------
+    OSError
+        It cannot be written or its disk has less than `num_bytes` free.
+    """
+    folder = Path(folder)
+    probe = folder / ".write-probe"
+    with atomic_path(probe) as temporary:
+        temporary.write_bytes(b"x")
+    probe.unlink()
+    free = shutil.disk_usage(str(folder)).free
+    if free < num_bytes:
+        raise OSError(
+            28,
+            f"{folder} has {free / 1e9:.1f} GB free, {num_bytes / 1e9:.1f} GB are needed; free some or choose another",
+        )
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for chunk in iter(lambda: file.read(CHUNK), b""):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def cached_sha256(path: Path, cache: Optional[Path]) -> str:
+    """`sha256`, remembered in the JSON file `cache` while size and modification time stay what they were."""
+    path = Path(path).resolve()
+    if cache is None:
+        return sha256(path)
+    stat = path.stat()
+    stamp = [stat.st_size, stat.st_mtime_ns]
+    known = _read_cache(cache)
+    entry = known.get(str(path))
+    if isinstance(entry, dict) and entry.get("stamp") == stamp:
+        return str(entry["sha256"])
+    digest = sha256(path)
+    known[str(path)] = {"stamp": stamp, "sha256": digest}
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
+        write_json(cache, known)
+    return digest
+
+
+def _read_cache(cache: Path) -> Dict[str, Any]:
+    try:
+        value = json.loads(cache.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

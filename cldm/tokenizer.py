@@ -1,0 +1,78 @@
+"""Token ids for CLIP, by transformers' `CLIPTokenizer`. No torch here."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, List, Tuple
+
+import numpy as np
+
+from cldm.config import ModelConfig
+
+log = logging.getLogger(__name__)
+
+
+class TokenizerNotFound(FileNotFoundError):
+    """The vocabulary of the model is not on this machine."""
+
+
+class Tokenizer:
+    """Turns texts into (B, max_length) int32 ids: start, tokens, end, and end again as padding.
+
+    Raises
+    ------
+    TokenizerNotFound
+        The vocabulary is neither under models/ nor in transformers' cache; the message says what to put where.
+    ValueError
+        The vocabulary does not fit the model's text encoder.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.max_length = config.text.max_length
+        self._tokenizer = _load(config)
+        if len(self._tokenizer) > config.text.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {len(self._tokenizer)} tokens, but {config.name}'s text encoder only"
+                f" {config.text.vocab_size}: models/{config.tokenizer} belongs to another model"
+            )
+
+    def __call__(self, texts: List[str]) -> Tuple[np.ndarray, List[str]]:
+        """Ids of the texts, and a warning for each text that was too long, naming what was cut."""
+        encoded = self._tokenizer(
+            texts, truncation=True, max_length=self.max_length, padding="max_length", return_attention_mask=False
+        )
+        warnings = [w for text in texts for w in self._cut(text)]
+        for warning in warnings:
+            log.warning(warning)
+        return np.asarray(encoded["input_ids"], dtype=np.int32), warnings
+
+    def _cut(self, text: str) -> List[str]:
+        ids = self._tokenizer(text, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        room = self.max_length - 2
+        if len(ids) <= room:
+            return []
+        dropped = self._tokenizer.decode(ids[room:])
+        shown = dropped if len(dropped) <= 200 else dropped[:200] + " ..."
+        return [f"the text is {len(ids)} tokens long, CLIP takes {room}: {len(ids) - room} were cut: {shown!r}"]
+
+
+def _load(config: ModelConfig) -> Any:
+    from transformers import CLIPTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    # Texts beyond 77 tokens are cut and named by us; transformers' own advice would only repeat it.
+    transformers_logging.get_logger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
+    folder = Path(config.folder) / config.tokenizer
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    if config.tokenizer_hub:
+        try:
+            return CLIPTokenizer.from_pretrained(config.tokenizer_hub, local_files_only=True)
+        except (OSError, ValueError, TypeError) as error:
+            log.debug("no cached tokenizer %s: %s", config.tokenizer_hub, error)
+    hub = f" of {config.tokenizer_hub}" if config.tokenizer_hub else ""
+    raise TokenizerNotFound(
+        f"{config.name} needs its CLIP vocabulary: put vocab.json and merges.txt{hub} into {folder}"
+        + (f", or fetch {config.tokenizer_hub} into transformers' cache once" if config.tokenizer_hub else "")
+    )

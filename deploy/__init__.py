@@ -1,0 +1,1 @@
+"""From PyTorch to files that a runtime can run: deployable graphs, ONNX export, manifests."""

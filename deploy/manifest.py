@@ -1,0 +1,133 @@
+"""What a made file is: a JSON manifest beside it, written last, so that a file without one counts as not made.
+
+No torch here: the runtime checks manifests before it loads anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+from cldm.files import cached_sha256, write_json
+from cldm.weights import Weights
+from deploy.spec import Build, GraphSpec
+
+FORMAT = 1
+# Of the fields of a manifest, those that decide whether the file is the one wanted.
+IDENTITY = ("format", "kind", "graph", "model", "weights", "code", "precision", "samples", "height", "width", "tensors")
+
+
+class ArtefactError(RuntimeError):
+    """A made file is missing, damaged, or was made for something else; the message has the command that makes it."""
+
+
+def code_digest() -> str:
+    """Hash of the sources that decide what a graph computes; a change there makes every exported file stale."""
+    root = Path(__file__).resolve().parent.parent
+    files = [*sorted((root / "ldm").glob("*.py")), root / "cldm" / "controlnet.py", root / "cldm" / "model.py"]
+    files += [root / "deploy" / name for name in ("graphs.py", "spec.py", "export.py")]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes().replace(b"\r\n", b"\n"))
+    return digest.hexdigest()[:16]
+
+
+def identity(build: Build, graph: GraphSpec, weights: Weights, kind: str = "onnx") -> Dict[str, Any]:
+    """The fields that the manifest of a graph's file must have."""
+    return {
+        "format": FORMAT,
+        "kind": kind,
+        "graph": graph.name,
+        "model": build.config.name,
+        "weights": weights.digest,
+        "code": code_digest(),
+        "precision": build.precision,
+        "samples": build.samples,
+        "height": build.height,
+        "width": build.width,
+        "tensors": {name: tensor.to_json() for name, tensor in graph.tensors.items()},
+    }
+
+
+def export_command(build: Build, weights: Weights) -> str:
+    """The command that makes the files of a build."""
+    config = Path(build.config.folder) / f"{build.config.name}.yaml"
+    command = f"python3 export_onnx.py --model {build.config.name if _shipped(config) else config}"
+    command += f" --precision {build.precision} --height {build.height} --width {build.width} --samples {build.samples}"
+    if weights.seed is not None and weights.seed != build.config.seed:
+        command += f" --random-weights {weights.seed}"
+    elif weights.path is not None and weights.path != build.config.checkpoint_path():
+        command += f" --checkpoint {weights.path}"
+    return command
+
+
+def _shipped(config: Path) -> bool:
+    return config.resolve().parent == Path(__file__).resolve().parent.parent / "models"
+
+
+def manifest_path(file: Path) -> Path:
+    return file.with_name(file.name + ".json")
+
+
+def write_manifest(file: Path, fields: Dict[str, Any], members: List[Path], cache: Optional[Path]) -> None:
+    """Write the manifest of `file`; `members` are all files that belong to it, with their sizes and hashes."""
+    files = {m.name: {"bytes": m.stat().st_size, "sha256": cached_sha256(m, cache)} for m in members}
+    write_json(manifest_path(file), {**fields, "files": files})
+
+
+def read_manifest(file: Path) -> Dict[str, Any]:
+    """The manifest of a made file.
+
+    Raises
+    ------
+    ArtefactError
+        There is none, or it is damaged.
+    """
+    path = manifest_path(file)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtefactError(f"{file} was not made, or not to its end") from None
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"{path} is damaged ({error})") from error
+    if not isinstance(value, dict) or not isinstance(value.get("files"), dict):
+        raise ArtefactError(f"{path} is not a manifest")
+    return value
+
+
+def check_artefact(file: Path, wanted: Dict[str, Any], cache: Optional[Path] = None) -> Dict[str, Any]:
+    """The manifest of `file` if it is whole and is what is wanted.
+
+    Parameters
+    ----------
+    wanted : dict
+        Fields that the manifest must have, from `identity`.
+    cache : Path, optional
+        JSON file in which hashes are remembered.
+
+    Raises
+    ------
+    ArtefactError
+        It is missing, damaged, or differs; the message names each difference.
+    """
+    found = read_manifest(file)
+    differing = [key for key in wanted if found.get(key) != wanted[key]]
+    if differing:
+        details = "; ".join(f"{key} is {_short(found.get(key))}, wanted {_short(wanted[key])}" for key in differing)
+        raise ArtefactError(f"{file} was made for something else: {details}")
+    for name, entry in found["files"].items():
+        member = file.with_name(name)
+        if not member.is_file():
+            raise ArtefactError(f"{member} is missing")
+        if not isinstance(entry, dict) or member.stat().st_size != entry.get("bytes"):
+            raise ArtefactError(f"{member} is truncated or was changed: its size is not the manifest's")
+        if cached_sha256(member, cache) != entry.get("sha256"):
+            raise ArtefactError(f"{member} is corrupt: its content is not what was written")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True) if isinstance(value, (dict, list)) else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,1 @@
+"""Running what deploy made: sessions, workspace, pipeline."""

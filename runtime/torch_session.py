@@ -1,0 +1,52 @@
+"""Sessions on PyTorch: any device, any precision."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Mapping
+
+from deploy.spec import GraphSpec
+from runtime.session import check_buffers
+
+
+class TorchSession:
+    """Runs a deployable graph's module eagerly.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Takes the inputs of `spec` in order and returns its outputs.
+    spec : GraphSpec
+    """
+
+    def __init__(self, module: Any, spec: GraphSpec) -> None:
+        self.spec = spec
+        self._module = module
+
+    def bind(self, buffers: Mapping[str, Any]) -> BoundModule:
+        check_buffers(self.spec, buffers)
+        if self._module is None:
+            raise RuntimeError(f"the session of {self.spec.name} is closed")
+        inputs = [buffers[name] for name in self.spec.inputs]
+        return BoundModule(self._module, inputs, [buffers[name] for name in self.spec.outputs])
+
+    def close(self) -> None:
+        self._module = None
+
+
+class BoundModule:
+    def __init__(self, module: Any, inputs: List[Any], outputs: List[Any]) -> None:
+        self._module = module
+        self._inputs = inputs
+        self._outputs = outputs
+
+    def enqueue(self) -> None:
+        import torch
+
+        with torch.no_grad():
+            results = self._module(*self._inputs)
+            for target, value in zip(self._outputs, results if isinstance(results, tuple) else (results,)):
+                target.copy_(value)
+
+
+def make_torch_sessions(modules: Dict[str, Any], specs: Mapping[str, GraphSpec]) -> Dict[str, TorchSession]:
+    return {name: TorchSession(module, specs[name]) for name, module in modules.items()}

@@ -57,6 +57,9 @@ class ModelConfig:
     folder: str = dataclasses.field(default=str(MODELS_DIR), compare=False)
 
     def __post_init__(self) -> None:
+        names = self.checkpoint
+        if not isinstance(names, tuple) or not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{self.name}: checkpoint must be a list of file names, got {names!r}")
         if self.unet.context_dim != self.text.width:
             raise ValueError(
                 f"{self.name}: unet.context_dim {self.unet.context_dim} is not text.width {self.text.width}"

@@ -27,9 +27,12 @@ def _integer(value: Any, name: str, low: int, high: int) -> int:
 
 def _real(value: Any, name: str, low: float, high: float) -> float:
     try:
-        number = float(value)
+        # float() would read a number out of text.
+        number = float(None if isinstance(value, (str, bytes, bytearray)) else value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}") from None
+    except OverflowError:
+        raise ValueError(f"{name} must be between {low:g} and {high:g}, got a far larger integer") from None
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {number}")
     if not low <= number <= high:

@@ -12,6 +12,9 @@ from cldm.config import ModelConfig
 
 log = logging.getLogger(__name__)
 
+# CLIP's vocabularies begin with the 256 bytes and the 256 bytes that end a word, and end with two special tokens.
+SMALLEST_VOCABULARY = 514
+
 
 class TokenizerNotFound(FileNotFoundError):
     """The vocabulary of the model is not on this machine."""
@@ -25,12 +28,17 @@ class Tokenizer:
     TokenizerNotFound
         The vocabulary is neither under models/ nor in transformers' cache; the message says what to put where.
     ValueError
-        The vocabulary does not fit the model's text encoder.
+        The vocabulary is damaged, or does not fit the model's text encoder.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         self.max_length = config.text.max_length
         self._tokenizer = _load(config)
+        if len(self._tokenizer) < SMALLEST_VOCABULARY:
+            raise ValueError(
+                f"the tokenizer has {len(self._tokenizer)} tokens, fewer than the {SMALLEST_VOCABULARY} of the smallest"
+                f" CLIP vocabulary: vocab.json in {Path(config.folder) / config.tokenizer} is not one"
+            )
         if len(self._tokenizer) > config.text.vocab_size:
             raise ValueError(
                 f"the tokenizer has {len(self._tokenizer)} tokens, but {config.name}'s text encoder only"
@@ -65,10 +73,16 @@ def _load(config: ModelConfig) -> Any:
     transformers_logging.get_logger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
     folder = Path(config.folder) / config.tokenizer
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        try:
+            return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:  # the tokenizers library raises nothing narrower
+            raise ValueError(f"vocab.json or merges.txt in {folder} is damaged, copy them again: {error}") from error
     if config.tokenizer_hub:
         try:
-            return CLIPTokenizer.from_pretrained(config.tokenizer_hub, local_files_only=True)
+            cached = CLIPTokenizer.from_pretrained(config.tokenizer_hub, local_files_only=True)
+            # Where its cache has no such files, transformers 5 makes an empty tokenizer instead of an error.
+            if len(cached) >= SMALLEST_VOCABULARY:
+                return cached
         except (OSError, ValueError, TypeError) as error:
             log.debug("no cached tokenizer %s: %s", config.tokenizer_hub, error)
     hub = f" of {config.tokenizer_hub}" if config.tokenizer_hub else ""

@@ -95,5 +95,6 @@ class CLIPTextModel(nn.Module):
         """(B, L) token ids to (B, L, width) features after the final layer norm; L at most `max_length`."""
         x = self.embeddings(ids)
         length = ids.shape[1]
-        mask = torch.full((length, length), MASKED, dtype=x.dtype, device=x.device).triu(1)
+        # Made in FP32, in which every runtime can fold it into a constant.
+        mask = torch.full((length, length), MASKED, device=x.device).triu(1).to(x.dtype)
         return self.final_layer_norm(self.encoder(x, mask))

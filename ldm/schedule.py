@@ -22,6 +22,8 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         if not 0 < self.linear_start <= self.linear_end < 1:
             raise ValueError(f"schedule: betas {self.linear_start} .. {self.linear_end} are not within (0, 1), rising")
+        if self.train_steps < 1:
+            raise ValueError(f"schedule.train_steps: {self.train_steps} is not positive")
 
 
 def alpha_bars(config: ScheduleConfig) -> np.ndarray:

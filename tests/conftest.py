@@ -1,0 +1,51 @@
+"""What all tests share: the repository on the path, no network, and which tests need what."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import List
+
+import pytest
+
+# Read by huggingface_hub and transformers when they are imported, so before any test is.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run tests that take minutes or many gigabytes")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(cores or 1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item]) -> None:
+    import torch
+
+    reasons = {}
+    if not config.getoption("--slow"):
+        reasons["slow"] = "takes minutes or many gigabytes; run with --slow"
+    if not torch.cuda.is_available():
+        reasons["gpu"] = "needs a CUDA device, and there is none"
+    for item in items:
+        for mark, reason in reasons.items():
+            if item.get_closest_marker(mark):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """The configuration of the tiny model, `models/tiny.yaml`."""
+    from cldm.config import load_config
+
+    return load_config("tiny")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections import OrderedDict
@@ -12,6 +13,7 @@ ROOT = Path(__file__).resolve().parent
 if str(ROOT) not in sys.path:  # the repository's packages lie beside this file, wherever it is imported from
     sys.path.insert(0, str(ROOT))
 
+from cldm.config import load_config  # noqa: E402
 from cldm.image import target_size, to_three_channels  # noqa: E402
 from cldm.request import Request  # noqa: E402
 from cldm.result import Result  # noqa: E402
@@ -85,18 +87,18 @@ class hackathon:
             What is missing or does not fit, and what to do.
         """
         self.close()
-        from cldm.tokenizer import Tokenizer
         from cldm.weights import find_weights
         from runtime.backends import BackendError, choose_backend
         from runtime.choose import choose_model
 
-        checkpoint = checkpoint or os.environ.get("HACKATHON_CHECKPOINT")
+        if checkpoint is None and random_weights is None:
+            checkpoint = os.environ.get("HACKATHON_CHECKPOINT") or None
         self._folder = Path(build_dir or os.environ.get("HACKATHON_BUILD_DIR") or ROOT / "build")
         self._config = choose_model(model or os.environ.get("HACKATHON_MODEL"), checkpoint)
         self._weights = find_weights(self._config, checkpoint, random_weights, self._folder / ".hashes.json")
         self._samples = samples
-        self._tokenizer = Tokenizer(self._config)
-        self._backend, self._reason = choose_backend(
+        self._tokenizer = self._find_tokenizer()
+        chosen, self._reason = choose_backend(
             backend or os.environ.get("HACKATHON_BACKEND"),
             device or os.environ.get("HACKATHON_DEVICE"),
             self._weights,
@@ -105,12 +107,17 @@ class hackathon:
             export,
             _say,
         )
-        self._precision = precision or os.environ.get("HACKATHON_PRECISION") or self._backend.precisions[0]
-        if self._precision not in self._backend.precisions:
-            known = ", ".join(self._backend.precisions)
-            raise BackendError(f"{self._backend.name} on {self._backend.device} runs {known}, not {self._precision!r}")
+        self._precision = precision or os.environ.get("HACKATHON_PRECISION") or chosen.precisions[0]
+        if self._precision not in chosen.precisions:
+            known = ", ".join(chosen.precisions)
+            raise BackendError(f"{chosen.name} on {chosen.device} runs {known}, not {self._precision!r}")
+        self._backend = chosen
         _say(self.summary)
-        self._pipeline(height, width)
+        try:
+            self._pipeline(height, width)
+        except BaseException:
+            self.close()  # half ready is not ready
+            raise
 
     @property
     def summary(self) -> str:
@@ -275,6 +282,19 @@ class hackathon:
             found = Pipeline(build, self._backend.sessions(build), self._tokenizer, about, self._backend.device)
         self._pipelines[height, width] = found
         return found
+
+    def _find_tokenizer(self) -> Any:
+        """The model's tokenizer. To random weights all words are alike: there the tiny model's vocabulary will do."""
+        from cldm.tokenizer import Tokenizer, TokenizerNotFound
+
+        try:
+            return Tokenizer(self._config)
+        except TokenizerNotFound:
+            if self._weights.seed is None:
+                raise
+            tiny = load_config("tiny")
+            _say(f"{self._config.name}'s vocabulary is not here; for random weights the tiny model's stands in")
+            return Tokenizer(dataclasses.replace(self._config, folder=tiny.folder, tokenizer=tiny.tokenizer))
 
     def _load_model(self) -> Any:
         from cldm.checkpoint import load_model

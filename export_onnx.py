@@ -38,7 +38,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     args = parse_arguments(argv)
     from environment import ensure_environment
 
-    ensure_environment(["torch", "onnx", "onnxruntime", "polygraphy", "numpy", "yaml"])
+    ensure_environment(["torch", "onnx", "polygraphy", "numpy", "yaml"])
     from cldm.checkpoint import load_model
     from cldm.weights import find_weights
     from deploy.export import export_all

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import pickle
+import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Tuple
@@ -65,8 +66,16 @@ class _Tensors:
         self._get = get
 
     def get(self, name: str) -> torch.Tensor:
-        """A tensor in FP32 that shares no memory with the file."""
+        """A tensor in FP32 that shares no memory with the file.
+
+        Raises
+        ------
+        CheckpointError
+            It holds no real numbers, as the integers of a quantised checkpoint.
+        """
         tensor = self._get(name)
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{name} is {tensor.dtype} in the checkpoint; FP32, FP16 or BF16 weights are wanted")
         copy = torch.empty(tensor.shape, dtype=torch.float32)
         return copy.copy_(tensor)
 
@@ -100,21 +109,31 @@ def _load_pickled(path: Path) -> Dict[str, torch.Tensor]:
     if zipfile.is_zipfile(path) and "mmap" in inspect.signature(torch.load).parameters:
         options["mmap"] = True
     try:
-        state = torch.load(str(path), **options)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} holds more than tensors, or is no checkpoint, and was not unpickled: that could run code in it."
-            f" Save its state_dict alone, best as .safetensors. ({str(error).splitlines()[0]})"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{path} is truncated or no checkpoint ({str(error).splitlines()[0]}); copy it again"
-        ) from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on pickle protocols; what cannot be read is an error below
+            state = torch.load(str(path), **options)
+    except Exception as error:  # a damaged pickle fails in any way at all
+        raise CheckpointError(_explain(path, error)) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(_is_named_tensor(item) for item in state.items()):
         raise CheckpointError(f"{path} is not a state_dict: a mapping from names to tensors was expected")
     return state
+
+
+def _explain(path: Path, error: Exception) -> str:
+    # torch's own message goes on to advise loading the file with code and all, so only the name is taken from it.
+    refused = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
+    if refused:
+        return (
+            f"{path} holds more than tensors ({refused.group(1)}) and was not unpickled: that could run code in it."
+            " Save its state_dict alone, best as .safetensors"
+        )
+    return f"{path} is truncated or no checkpoint ({type(error).__name__}); copy it again"
+
+
+def _is_named_tensor(item: Tuple[Any, Any]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], torch.Tensor)
 
 
 def _check_names(model: nn.Module, tensors: _Tensors, path: Path, name: str) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Callable, Dict, Iterator, Optional
 
 CHUNK = 1 << 22
+# What a file system says where the fault is its own and not the path's.
+FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @contextlib.contextmanager
@@ -21,7 +24,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises
     ------
     OSError
-        The folder cannot be written; the message names the path.
+        The folder cannot be written, or its disk is full; the message names the path.
     """
     path = Path(path)
     try:
@@ -29,17 +32,62 @@ def atomic_path(path: Path) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=str(path.parent))
         os.close(handle)
     except OSError as error:
-        raise OSError(
-            error.errno, f"cannot write {path}: {error.strerror}; choose another folder or free it"
-        ) from error
+        raise _cannot_write(path, error) from error
     temporary = Path(name)
     try:
-        yield temporary
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        with naming_full_disk(path):
+            yield temporary
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Give an error of a full or read-only disk in the block, which says nothing but that, a text that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL_OR_READ_ONLY and error.__cause__ is None:  # with a cause it is named already
+            raise _cannot_write(path, error) from error
+        raise
+
+
+def _cannot_write(path: Path, error: OSError) -> OSError:
+    return OSError(error.errno, f"cannot write {path}: {error.strerror}; choose another folder or free it")
+
+
+@contextlib.contextmanager
+def locked(folder: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """Make `folder` and hold it alone; of several processes one goes on, the others wait and call `waiting` once.
+
+    A killed process lets go. Where the system has no `fcntl` (Windows) nothing is guarded.
+
+    Raises
+    ------
+    OSError
+        The folder cannot be written; the message names it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        yield
+        return
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        file = open(Path(folder) / ".lock", "ab")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise _cannot_write(Path(folder), error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -59,11 +107,12 @@ def require_room(folder: Path, num_bytes: int) -> None:
     probe = folder / ".write-probe"
     with atomic_path(probe) as temporary:
         temporary.write_bytes(b"x")
-    probe.unlink()
+    with contextlib.suppress(FileNotFoundError):  # another process that looks at the same time may have been faster
+        probe.unlink()
     free = shutil.disk_usage(str(folder)).free
     if free < num_bytes:
         raise OSError(
-            28,
+            errno.ENOSPC,
             f"{folder} has {free / 1e9:.1f} GB free, {num_bytes / 1e9:.1f} GB are needed; free some or choose another",
         )
 
@@ -85,7 +134,7 @@ def cached_sha256(path: Path, cache: Optional[Path]) -> str:
     stamp = [stat.st_size, stat.st_mtime_ns]
     known = _read_cache(cache)
     entry = known.get(str(path))
-    if isinstance(entry, dict) and entry.get("stamp") == stamp:
+    if isinstance(entry, dict) and entry.get("stamp") == stamp and isinstance(entry.get("sha256"), str):
         return str(entry["sha256"])
     digest = sha256(path)
     known[str(path)] = {"stamp": stamp, "sha256": digest}

@@ -18,6 +18,7 @@ from cldm.noise import choose_seed, draw_noise
 from cldm.request import Request
 from cldm.result import Receipt, Result
 from cldm.tokenizer import Tokenizer
+from ldm.exact import exact_fp32
 from ldm.schedule import ddim_alpha_bars, ddim_sigmas, ddim_timesteps
 
 # Raised whenever a change here changes images, so that cached reference images are made anew.
@@ -51,6 +52,7 @@ class Reference:
         self.device = device
 
     @torch.no_grad()
+    @exact_fp32()
     def generate(
         self,
         image: Any,

@@ -57,9 +57,12 @@ def find_weights(
         raise CheckpointError("give a checkpoint or random weights, not both")
     if random_seed is not None:
         return _random(config, random_seed)
+    path: Optional[Path]
     if checkpoint is not None:
-        path: Optional[Path] = Path(checkpoint)
-        if not Path(checkpoint).is_file():
+        path = Path(checkpoint)
+        if path.is_dir():
+            raise CheckpointError(f"{checkpoint} is a folder; name the checkpoint file itself")
+        if not path.is_file():
             raise CheckpointError(f"no checkpoint at {checkpoint}")
     else:
         path = config.checkpoint_path()

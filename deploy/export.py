@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 import inspect
 import logging
 import os
@@ -19,13 +20,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from cldm.files import require_room
+from cldm.files import locked, naming_full_disk, require_room
 from cldm.model import ControlLDM
 from cldm.weights import Weights
 from deploy.graphs import build_graph
 from deploy.manifest import ArtefactError, check_artefact, identity, manifest_path, write_manifest
 from deploy.spec import Build, GraphSpec, TensorSpec, graph_specs
 from deploy.tracing import fast_half_convolution
+from ldm.exact import exact_fp32
 
 OPSET = 17
 # Relative error ||onnx - torch|| / ||torch|| beyond which an exported graph is refused. In FP16 the two round at
@@ -90,43 +92,67 @@ def export_all(
     specs = [spec for spec in graph_specs(build).values() if names is None or spec.name in names]
     target = folder / build.folder_name
     cache = folder / ".hashes.json"
-    results: Dict[str, Exported] = {}
-    stale: List[GraphSpec] = []
-    for spec in specs:
-        done = None if force else _existing(build, spec, weights, target, cache, report)
-        if done is None:
-            stale.append(spec)
-        else:
-            results[spec.name] = done
-    if stale:
-        _make_room(build, target)
-        report(f"loading {build.config.name}: {weights}")
-        model = load()
-        for i, spec in enumerate(stale):
-            report(f"[{i + 1}/{len(stale)}] {spec.name}: exporting {target / spec.file}")
+
+    def look(say: Callable[[str], None]) -> Dict[str, Optional[Exported]]:
+        return {spec.name: None if force else _existing(build, spec, weights, target, cache, say) for spec in specs}
+
+    results = look(report)
+    if None in results.values():
+        # Two runs must not delete each other's scratch folders; the second finds the work done.
+        with locked(target, lambda: report(f"another process is exporting to {target}; waiting for it")):
+            results = look(lambda line: None)
+            stale = [spec for spec in specs if results[spec.name] is None]
+            results.update(_export_stale(build, stale, weights, load, target, cache, check, report))
+    return [row for row in results.values() if row is not None]
+
+
+def _export_stale(
+    build: Build,
+    stale: List[GraphSpec],
+    weights: Weights,
+    load: Callable[[], ControlLDM],
+    target: Path,
+    cache: Path,
+    check: bool,
+    report: Callable[[str], None],
+) -> Dict[str, Exported]:
+    if not stale:
+        return {}
+    _make_room(build, target)
+    if check and importlib.util.find_spec("onnxruntime") is None:
+        report("onnxruntime is not installed: the graphs will not be compared with PyTorch")
+        check = False
+    report(f"loading {build.config.name}: {weights}")
+    # Tracing runs the network once, which a GPU does in no time.
+    model = load().to("cuda" if torch.cuda.is_available() else "cpu")
+    results = {}
+    for i, spec in enumerate(stale):
+        report(f"[{i + 1}/{len(stale)}] {spec.name}: exporting {target / spec.file}")
+        with naming_full_disk(target / spec.file):
             results[spec.name] = _export_one(build, spec, weights, model, target, cache, check)
-            gc.collect()
-    return [results[spec.name] for spec in specs]
+        gc.collect()
+    return results
 
 
 def _existing(
     build: Build, spec: GraphSpec, weights: Weights, target: Path, cache: Path, report: Callable[[str], None]
 ) -> Optional[Exported]:
     file = target / spec.file
+    if not manifest_path(file).exists():
+        return None
     try:
         manifest = check_artefact(file, identity(build, spec, weights), cache)
     except ArtefactError as reason:
         report(f"{spec.name}: {reason}")
         return None
     size = sum(int(entry["bytes"]) for entry in manifest["files"].values())
-    return Exported(spec.name, file, size, int(manifest["nodes"]), 0.0, manifest["error"], True)
+    return Exported(spec.name, file, size, int(manifest.get("nodes", 0)), 0.0, manifest.get("error"), True)
 
 
 def _make_room(build: Build, target: Path) -> None:
     """Before an hour of work, see that its result can be written; rubbish of a killed run goes first."""
-    if target.is_dir():
-        for rubbish in target.glob(".export-*"):
-            shutil.rmtree(str(rubbish), ignore_errors=True)
+    for rubbish in target.glob(".export-*"):
+        shutil.rmtree(str(rubbish), ignore_errors=True)
     with torch.device("meta"):
         count = sum(p.numel() for p in ControlLDM(build.config).parameters())
     # The weights once in the exporter's files, once in ours; the text encoder is small beside them.
@@ -200,7 +226,7 @@ def _trace(module: nn.Module, spec: GraphSpec, build: Build, scratch: Path) -> A
     # The TorchScript exporter: the one that every supported torch has and whose patterns the graph surgery knows.
     if "dynamo" in inspect.signature(torch.onnx.export).parameters:
         options["dynamo"] = False
-    args = tuple(torch.from_numpy(value) for value in example_inputs(spec, build).values())
+    args = _to_device(example_inputs(spec, build), module)
     with torch.no_grad(), fast_half_convolution(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on the exporter's age and on shapes, which are constant here
         torch.onnx.export(module, args, str(path), **options)
@@ -233,6 +259,11 @@ def example_inputs(spec: GraphSpec, build: Build, seed: int = 0) -> Dict[str, np
     return {name: make(name, tensor) for name, tensor in spec.inputs.items()}
 
 
+def _to_device(inputs: Dict[str, np.ndarray], module: nn.Module) -> Tuple[torch.Tensor, ...]:
+    device = next(module.parameters()).device
+    return tuple(torch.from_numpy(value).to(device) for value in inputs.values())
+
+
 def compare(file: Path, module: nn.Module, spec: GraphSpec, build: Build) -> float:
     """Largest relative error of ONNX Runtime's outputs against PyTorch's, on inputs that the trace did not see.
 
@@ -244,19 +275,27 @@ def compare(file: Path, module: nn.Module, spec: GraphSpec, build: Build) -> flo
     import onnxruntime
 
     inputs = example_inputs(spec, build, seed=1)
-    with torch.no_grad(), fast_half_convolution():
-        outputs = module(*(torch.from_numpy(value) for value in inputs.values()))
-    wanted = [t.float().numpy() for t in (outputs if isinstance(outputs, tuple) else (outputs,))]
+    with torch.no_grad(), fast_half_convolution(), exact_fp32():
+        outputs = module(*_to_device(inputs, module))
+    wanted = [t.float().cpu().numpy() for t in (outputs if isinstance(outputs, tuple) else (outputs,))]
+    if not all(np.isfinite(w).all() for w in wanted):
+        raise ExportError(f"{spec.name}: PyTorch's own output holds NaN or infinity; the weights are broken")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     # A second, packed copy of the weights would not pay for one run.
     options.add_session_config_entry("session.disable_prepacking", "1")
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     found = [value.astype(np.float32) for value in session.run(list(spec.outputs), inputs)]
-    errors = [float(np.linalg.norm(f - w) / np.linalg.norm(w)) for f, w in zip(found, wanted)]
+    errors = [_relative_error(f, w) for f, w in zip(found, wanted)]
     worst = max(errors)
     # One level of 255 apart is rounding, and is more than the bound on a float allows.
     one_level = 1.0 / 32 if any(t.dtype == "uint8" for t in spec.outputs.values()) else 0.0
     if not worst <= max(TOLERANCE[build.precision], one_level):  # NaN fails too
         raise ExportError(f"{spec.name}: ONNX Runtime differs from PyTorch by {worst:.2e} (relative); not installed")
     return worst
+
+
+def _relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
+    difference, norm = float(np.linalg.norm(found - wanted)), float(np.linalg.norm(wanted))
+    # An output of zeros, such as an untrained ControlNet's hint, has no scale to compare with.
+    return difference / norm if norm > 0 else difference

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -23,11 +24,13 @@ class ArtefactError(RuntimeError):
     """A made file is missing, damaged, or was made for something else; the message has the command that makes it."""
 
 
+ROOT = Path(__file__).resolve().parent.parent
+
+
 def code_digest() -> str:
     """Hash of the sources that decide what a graph computes; a change there makes every exported file stale."""
-    root = Path(__file__).resolve().parent.parent
-    files = [*sorted((root / "ldm").glob("*.py")), root / "cldm" / "controlnet.py", root / "cldm" / "model.py"]
-    files += [root / "deploy" / name for name in ("graphs.py", "spec.py", "export.py")]
+    files = [*sorted((ROOT / "ldm").glob("*.py")), ROOT / "cldm" / "controlnet.py", ROOT / "cldm" / "model.py"]
+    files += [ROOT / "deploy" / name for name in ("graphs.py", "spec.py", "export.py")]
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes().replace(b"\r\n", b"\n"))
@@ -51,20 +54,21 @@ def identity(build: Build, graph: GraphSpec, weights: Weights, kind: str = "onnx
     }
 
 
-def export_command(build: Build, weights: Weights) -> str:
-    """The command that makes the files of a build."""
-    config = Path(build.config.folder) / f"{build.config.name}.yaml"
-    command = f"python3 export_onnx.py --model {build.config.name if _shipped(config) else config}"
-    command += f" --precision {build.precision} --height {build.height} --width {build.width} --samples {build.samples}"
-    if weights.seed is not None and weights.seed != build.config.seed:
-        command += f" --random-weights {weights.seed}"
-    elif weights.path is not None and weights.path != build.config.checkpoint_path():
-        command += f" --checkpoint {weights.path}"
-    return command
-
-
-def _shipped(config: Path) -> bool:
-    return config.resolve().parent == Path(__file__).resolve().parent.parent / "models"
+def export_command(build: Build, weights: Weights, folder: Path) -> str:
+    """The command that makes the files of a build under `folder`, to be given in the repository's own folder."""
+    config = build.config
+    file = Path(config.folder).resolve() / f"{config.name}.yaml"
+    words = ["python3", "export_onnx.py", "--model", config.name if file.parent == ROOT / "models" else str(file)]
+    words += ["--precision", build.precision, "--samples", str(build.samples)]
+    words += ["--height", str(build.height), "--width", str(build.width)]
+    own = config.checkpoint_path()
+    if weights.path is None and (own is not None or weights.seed != config.seed):
+        words += ["--random-weights", str(weights.seed)]
+    elif weights.path is not None and weights.path != own:
+        words += ["--checkpoint", str(weights.path.resolve())]
+    if folder.resolve() != ROOT / "build":
+        words += ["--output", str(folder.resolve())]
+    return " ".join(shlex.quote(word) for word in words)
 
 
 def manifest_path(file: Path) -> Path:
@@ -92,8 +96,9 @@ def read_manifest(file: Path) -> Dict[str, Any]:
         raise ArtefactError(f"{file} was not made, or not to its end") from None
     except (OSError, ValueError) as error:
         raise ArtefactError(f"{path} is damaged ({error})") from error
-    if not isinstance(value, dict) or not isinstance(value.get("files"), dict):
-        raise ArtefactError(f"{path} is not a manifest")
+    files = value.get("files") if isinstance(value, dict) else None
+    if not isinstance(files, dict) or file.name not in files or any(Path(name).name != name for name in files):
+        raise ArtefactError(f"{path} is not a manifest of {file.name}")
     return value
 
 

@@ -10,8 +10,6 @@ from onnx import TensorProto
 
 from deploy.spec import GraphSpec
 
-# A serialised graph cannot pass 2 GiB; weights beyond this go to their own file.
-EMBED_LIMIT = 1_800_000_000
 ALIGNMENT = 4096
 COPY_CHUNK = 1 << 24
 
@@ -70,9 +68,11 @@ def gather_external(model: onnx.ModelProto, source: Path, data_file: Path) -> in
                 out.write(b"\0" * (-out.tell() % ALIGNMENT))
                 offset, length = out.tell(), 0
                 entries = {entry.key: entry.value for entry in tensor.external_data}
+                start = int(entries.get("offset", 0))
                 with open(source / entries["location"], "rb") as file:
-                    file.seek(int(entries.get("offset", 0)))
-                    remaining = int(entries.get("length", (source / entries["location"]).stat().st_size))
+                    rest = (source / entries["location"]).stat().st_size - start
+                    file.seek(start)
+                    remaining = int(entries.get("length", rest))
                     while remaining:
                         chunk = file.read(min(COPY_CHUNK, remaining))
                         if not chunk:
@@ -93,10 +93,3 @@ def _point_to(tensor: TensorProto, entries: Dict[str, str]) -> None:
 
 def has_external(model: onnx.ModelProto) -> bool:
     return any(is_external(tensor) for tensor in model.graph.initializer)
-
-
-def operator_counts(model: onnx.ModelProto) -> Dict[str, int]:
-    counts: Dict[str, int] = {}
-    for node in model.graph.node:
-        counts[node.op_type] = counts.get(node.op_type, 0) + 1
-    return dict(sorted(counts.items()))

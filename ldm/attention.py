@@ -26,6 +26,11 @@ class Conditioning(NamedTuple):
     keys_values: Sequence[Tuple[torch.Tensor, torch.Tensor]]
 
 
+def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """(B, L, C) to (B, heads, L, C / heads)."""
+    return x.reshape(x.shape[0], x.shape[1], heads, x.shape[2] // heads).transpose(1, 2)
+
+
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int) -> torch.Tensor:
     """Multi-head scaled dot-product attention (arXiv:1706.03762, eq. 1).
 
@@ -41,7 +46,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: i
     (B, L, C) tensor
     """
     head_dim = query.shape[-1] // heads
-    q, k, v = (t.unflatten(-1, (heads, head_dim)).transpose(1, 2) for t in (query, key, value))
+    q, k, v = (split_heads(t, heads) for t in (query, key, value))
     if torch.onnx.is_in_onnx_export():
         # Written out: older exporters do not know the fused function, and TensorRT fuses this pattern. The queries
         # are scaled first so that the products stay within FP16's range.
@@ -126,9 +131,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        height, width = x.shape[-2:]
         h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)
         for block in self.transformer_blocks:
             h = block(h, conditioning)
-        h = h.transpose(1, 2).unflatten(2, (height, width))
-        return x + self.proj_out(h)
+        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))

@@ -45,7 +45,7 @@ class AttnBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.norm(x)
         q, k, v = (conv(h).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v))
-        h = attend(q, k, v, heads=1).transpose(1, 2).unflatten(2, x.shape[-2:])
+        h = attend(q, k, v, heads=1).transpose(1, 2).reshape(x.shape)
         return x + self.proj_out(h)
 
 

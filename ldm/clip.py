@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ldm.attention import split_heads
 from ldm.layout import TextConfig
 from ldm.norm import LayerNorm
 
@@ -29,10 +30,7 @@ class CLIPAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         head_dim = x.shape[-1] // self.heads
-        q, k, v = (
-            proj(x).unflatten(-1, (self.heads, head_dim)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (split_heads(proj(x), self.heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         scores = torch.matmul(q * head_dim**-0.5, k.transpose(-1, -2)) + mask
         return self.out_proj(torch.matmul(scores.softmax(dim=-1), v).transpose(1, 2).flatten(2))
 

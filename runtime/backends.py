@@ -103,7 +103,8 @@ class OnnxRuntimeBackend:
                 check_artefact(target / spec.file, identity(build, spec, self._weights), cache)
         except ArtefactError as reason:
             if not self._export:
-                raise ArtefactError(f"{reason}; make it with: {export_command(build, self._weights)}") from reason
+                command = export_command(build, self._weights, self._folder)
+                raise ArtefactError(f"{reason}; make it with: {command}") from reason
             from deploy.export import export_all
 
             export_all(build, self._weights, self._load, self._folder, report=self._report)

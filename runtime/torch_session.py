@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Mapping
+from typing import Any, List, Mapping
 
 from deploy.spec import GraphSpec
 from runtime.session import check_buffers
@@ -42,11 +42,9 @@ class BoundModule:
     def enqueue(self) -> None:
         import torch
 
-        with torch.no_grad():
+        from ldm.exact import exact_fp32
+
+        with torch.no_grad(), exact_fp32():
             results = self._module(*self._inputs)
             for target, value in zip(self._outputs, results if isinstance(results, tuple) else (results,)):
                 target.copy_(value)
-
-
-def make_torch_sessions(modules: Dict[str, Any], specs: Mapping[str, GraphSpec]) -> Dict[str, TorchSession]:
-    return {name: TorchSession(module, specs[name]) for name, module in modules.items()}

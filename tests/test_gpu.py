@@ -1,0 +1,99 @@
+"""What only a CUDA device can show; skipped elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Dict
+
+import numpy as np
+import pytest
+
+from canny2image_TRT import hackathon
+from cldm.config import load_config
+from cldm.request import Request
+from cldm.weights import find_weights
+
+pytestmark = pytest.mark.gpu
+
+REQUEST = Request("a bird", "best quality", "lowres", ddim_steps=20, seed=2946901, eta=0.3, num_samples=2)
+
+
+@pytest.fixture(scope="module")
+def picture() -> np.ndarray:
+    rng = np.random.default_rng(3)
+    coarse = rng.integers(0, 2, (8, 12, 3), dtype=np.uint8) * 200
+    return coarse.repeat(32, axis=0).repeat(32, axis=1)
+
+
+def relative(found: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+def make_engine(**options: Any) -> hackathon:
+    hk = hackathon()
+    hk.initialize(**{"model": "tiny", **options})
+    return hk
+
+
+def test_cuda_is_chosen_by_itself(picture: np.ndarray) -> None:
+    hk = make_engine()
+    assert "backend torch on cuda in fp16" in hk.summary
+    receipt = hk.run(picture, REQUEST).receipt
+    assert (receipt.backend, receipt.device, receipt.precision) == ("torch", "cuda", "fp16")
+    assert receipt.milliseconds["steps"] > 0
+    hk.close()
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-4), ("fp16", 2e-2), ("bf16", 1e-1)])
+def test_tiny_on_cuda_against_its_reference(picture: np.ndarray, precision: str, bound: float) -> None:
+    hk = make_engine(precision=precision)
+    found, wanted = hk.run(picture, REQUEST), hk.reference(picture, REQUEST)
+    error = relative(found.latent, wanted.latent)
+    print(f"tiny {precision}: latent error {error:.2e} after 20 steps")
+    assert error < bound
+    assert np.array_equal(hk.run(picture, REQUEST).images, found.images), "a second run gave other bits"
+    hk.close()
+
+
+def test_reference_on_cuda_is_that_of_the_cpu(picture: np.ndarray) -> None:
+    """From the same initial latent: the devices draw different noise."""
+    import torch
+
+    noise = torch.randn((1, 4, 32, 48), generator=torch.Generator().manual_seed(1))
+    request = Request("a bird", ddim_steps=20, seed=1)
+    latents = []
+    for device in ("cuda", "cpu"):
+        hk = make_engine(backend="torch", device=device, precision="fp32")
+        latents.append(hk.reference(picture, request, latents=noise).latent)
+        hk.close()
+    assert relative(latents[0], latents[1]) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-4), ("fp16", 5e-2)])
+def test_sd15_size_on_cuda(picture: np.ndarray, precision: str, bound: float) -> None:
+    request = Request("a bird", ddim_steps=20, seed=1)
+    hk = make_engine(model="sd15", random_weights=1, precision=precision)
+    found, wanted = hk.run(picture, request), hk.reference(picture, request)
+    print(f"sd15 {precision}: latent error {relative(found.latent, wanted.latent):.2e} after 20 steps")
+    print({stage: round(ms, 1) for stage, ms in hk.run(picture, request).receipt.milliseconds.items()})
+    assert relative(found.latent, wanted.latent) < bound
+    hk.close()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_export_traced_on_cuda(precision: str, tmp_path: Path) -> None:
+    """Its check against ONNX Runtime on the CPU is part of the export."""
+    pytest.importorskip("polygraphy")
+    from cldm.checkpoint import load_model
+    from deploy.export import export_all
+    from deploy.spec import Build
+
+    config = load_config("tiny")
+    weights = find_weights(config)
+    rows = export_all(
+        Build(config, 256, 384, 1, precision), weights, lambda: load_model(config, weights), tmp_path, report=print
+    )
+    errors: Dict[str, Any] = {row.graph: row.error for row in rows}
+    print(precision, errors)
+    assert set(errors) == {"text", "hint", "time", "step", "decode"}

@@ -1,0 +1,1 @@
+"""How close images are to those of the original algorithm, how long they take, and the report of both."""

@@ -68,7 +68,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     return 0
 
 
-def print_report(args: argparse.Namespace, receipt: Any, times: Dict[str, List[Dict[str, float]]], error: float) -> None:
+def print_report(
+    args: argparse.Namespace, receipt: Any, times: Dict[str, List[Dict[str, float]]], error: float
+) -> None:
     import onnxruntime
     import torch
 

@@ -113,7 +113,8 @@ def require_room(folder: Path, num_bytes: int) -> None:
     if free < num_bytes:
         raise OSError(
             errno.ENOSPC,
-            f"{folder} has {free / 1e9:.1f} GB free, {num_bytes / 1e9:.1f} GB are needed; free some or choose another",
+            f"{folder} has {free / 1e6:,.0f} MB free, {num_bytes / 1e6:,.0f} MB are needed; free some or"
+            " choose another",
         )
 
 

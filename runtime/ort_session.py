@@ -48,6 +48,8 @@ class OrtSession:
         options.log_severity_level = 3
         # FP32 tails of 1e-38 would take the processor's slow path; no result is that small.
         options.add_session_config_entry("session.set_denormal_as_zero", "1")
+        # Threads spin for work inside a run, not after it: OpenCV and the other graphs' sessions want the cores then.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         self.spec = spec
         try:
             self._session: Any = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])

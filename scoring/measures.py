@@ -17,22 +17,22 @@ from scoring.pd import INCEPTION_WEIGHTS, PerceptualDistance
 
 @dataclass(frozen=True)
 class Measure:
-    """One column of the report: its key in JSON and CSV, its title with the unit, and its decimals."""
+    """One column of the report: its key in JSON and CSV, its title with the unit, and its number format."""
 
     key: str
     title: str
-    decimals: int
+    form: str
 
 
-LATENCY = Measure("latency_ms", "latency ms", 2)
+LATENCY = Measure("latency_ms", "latency ms", ".2f")
 COMPARISONS: Tuple[Measure, ...] = (
-    Measure("pd", "PD", 3),
-    Measure("lpips", "LPIPS", 5),
-    Measure("psnr_db", "PSNR dB", 2),
-    Measure("ssim", "SSIM", 5),
-    Measure("latent_relative_error", "latent rel. err.", 6),
-    Measure("pixel_max_abs", "pixel max", 0),
-    Measure("pixel_mean_abs", "pixel mean", 4),
+    Measure("pd", "PD", ".3f"),
+    Measure("lpips", "LPIPS", ".5f"),
+    Measure("psnr_db", "PSNR dB", ".2f"),
+    Measure("ssim", "SSIM", ".5f"),
+    Measure("latent_relative_error", "latent rel. err.", ".1e"),
+    Measure("pixel_max_abs", "pixel max", ".0f"),
+    Measure("pixel_mean_abs", "pixel mean", ".4f"),
 )
 
 

@@ -84,7 +84,7 @@ def _count(number: int, noun: str) -> str:
 def _cell(measure: Measure, value: Optional[float], mark: bool) -> str:
     if value is None:
         return ABSENT
-    text = f"{value:.{measure.decimals}f}"
+    text = format(value, measure.form)
     if mark and measure.key == "pd":
         text += " pass" if value <= PD_LIMIT else " FAIL"
     return text

@@ -149,7 +149,7 @@ def test_full_disk_is_told_before_any_work(place, pipeline, capsys, monkeypatch)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 0))
     assert _main(place) == 1
-    assert "score has 0.0 GB free" in capsys.readouterr().err
+    assert "score has 0 MB free" in capsys.readouterr().err
     assert pipeline.initialized is None
 
 

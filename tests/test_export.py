@@ -538,7 +538,7 @@ def test_room_is_asked_for_first(config: ModelConfig, tmp_path: Path, monkeypatc
     build, weights, loads = Build(config, SIZE, SIZE), find_weights(config), []
     usage = shutil.disk_usage(str(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
-    with pytest.raises(OSError, match=r"0\.0 GB free, .* GB are needed"):
+    with pytest.raises(OSError, match=r"0 MB free, .* MB are needed"):
         make(build, weights, tmp_path, loads)
     assert loads == []
 

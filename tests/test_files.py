@@ -153,7 +153,7 @@ def test_room_is_asked_for_before_the_work(tmp_path: Path, monkeypatch: pytest.M
     usage = shutil.disk_usage(str(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_500_000_000))
     require_room(folder, 1_500_000_000)
-    with pytest.raises(OSError, match=r"build has 1\.5 GB free, 2\.5 GB are needed; free some") as caught:
+    with pytest.raises(OSError, match=r"build has 1,500 MB free, 2,500 MB are needed; free some") as caught:
         require_room(folder, 2_500_000_000)
     assert caught.value.errno == errno.ENOSPC
 

@@ -1,0 +1,71 @@
+"""The layers import downwards only, light modules stay light, and the contest's Python can read the sources."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+from typing import Iterator, List, Set
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = {
+    "ldm": set(),
+    "cldm": {"ldm"},
+    "deploy": {"ldm", "cldm"},
+    "runtime": {"ldm", "cldm", "deploy"},
+    "scoring": {"ldm", "cldm"},
+}
+ENTRIES = ("canny2image_TRT.py", "compute_score.py", "export_onnx.py", "environment.py")
+LIGHT = (
+    *("ldm.layout", "ldm.schedule", "cldm.config", "cldm.files", "cldm.image", "cldm.request", "cldm.result"),
+    *("cldm.tokenizer", "cldm.weights", "deploy.spec", "deploy.manifest", "runtime.session", "runtime.workspace"),
+    *("runtime.pipeline", "runtime.backends", "runtime.choose", "runtime.ort_session", "runtime.torch_session"),
+    *("canny2image_TRT", "compute_score", "export_onnx", "environment", "scoring.runner"),
+)
+
+
+def sources() -> List[Path]:
+    """Everything that the contest's machine runs."""
+    files = [ROOT / name for name in ENTRIES]
+    for folder in (*LAYERS, "benchmarks", "tools"):
+        files += sorted((ROOT / folder).glob("*.py"))
+    return files
+
+
+def imported(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layers_import_downwards(layer: str) -> None:
+    files = sorted((ROOT / layer).glob("*.py"))
+    assert files
+    upwards: Set[str] = set(LAYERS) - LAYERS[layer] - {layer}
+    for path in files:
+        assert not upwards & set(imported(path)), path
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_sources_are_python_3_8(path: Path) -> None:
+    ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 8))
+
+
+def test_light_modules_import_nothing_heavy() -> None:
+    heavy = ("torch", "onnx", "onnxruntime", "transformers", "cv2", "tensorrt", "polygraphy")
+    program = (
+        "import importlib, sys\n"
+        f"for name in {LIGHT!r}: importlib.import_module(name)\n"
+        f"print([name for name in {heavy!r} if name in sys.modules])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=str(ROOT), capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.strip() == "[]"
+    assert not done.stderr

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import sys
+import threading
+import weakref
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Callable, List, Optional, Tuple
@@ -33,11 +36,14 @@ def _say(line: str) -> None:
 class hackathon:
     """ControlNet (canny) on Stable Diffusion 1.5.
 
-    Every argument of `initialize` may also come from the environment, as HACKATHON_MODEL, HACKATHON_BACKEND,
-    HACKATHON_PRECISION, HACKATHON_DEVICE, HACKATHON_CHECKPOINT and HACKATHON_BUILD_DIR; an argument wins.
+    `initialize` also takes model, backend, precision, device, checkpoint and build_dir from the environment, as
+    HACKATHON_MODEL, HACKATHON_BACKEND, HACKATHON_PRECISION, HACKATHON_DEVICE, HACKATHON_CHECKPOINT and
+    HACKATHON_BUILD_DIR; an argument wins. Calls from several threads take turns.
     """
 
     def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._model: Callable[[], Any] = lambda: None  # a weak reference, once there is one
         self._backend: Any = None
         self._pipelines: OrderedDict[Tuple[int, int], Any] = OrderedDict()
         self._reference: Any = None
@@ -86,7 +92,29 @@ class hackathon:
         FileNotFoundError, ValueError, BackendError, ArtefactError, OSError
             What is missing or does not fit, and what to do.
         """
-        self.close()
+        with self._lock:
+            self.close()
+            self._choose(model, backend, precision, device, build_dir, checkpoint, random_weights, samples, export)
+            _say(self.summary)
+            try:
+                self._pipeline(height, width)
+            except BaseException:
+                self.close()  # half ready is not ready
+                raise
+
+    def _choose(
+        self,
+        model: Optional[str],
+        backend: Optional[str],
+        precision: Optional[str],
+        device: Optional[str],
+        build_dir: Optional[str],
+        checkpoint: Optional[str],
+        random_weights: Optional[int],
+        samples: int,
+        export: bool,
+    ) -> None:
+        """Settle what `initialize` was asked or left to find out; loads no weights yet."""
         from cldm.weights import find_weights
         from runtime.backends import BackendError, choose_backend
         from runtime.choose import choose_model
@@ -112,12 +140,6 @@ class hackathon:
             known = ", ".join(chosen.precisions)
             raise BackendError(f"{chosen.name} on {chosen.device} runs {known}, not {self._precision!r}")
         self._backend = chosen
-        _say(self.summary)
-        try:
-            self._pipeline(height, width)
-        except BaseException:
-            self.close()  # half ready is not ready
-            raise
 
     @property
     def summary(self) -> str:
@@ -241,31 +263,43 @@ class hackathon:
         self, image: Any, request: Request, latents: Optional[Any] = None, progress: Optional[Progress] = None
     ) -> Result:
         """`generate` with its arguments in a `Request`."""
-        self._need_initialize()
         # Sizes first: a picture that cannot be used must not cost the making of graphs.
-        height, width = target_size(*to_three_channels(image).shape[:2], request.image_resolution)
-        return self._pipeline(height, width).generate(image, request, latents, progress)
+        image = to_three_channels(image)
+        height, width = target_size(*image.shape[:2], request.image_resolution)
+        with self._lock:
+            self._need_initialize()
+            return self._pipeline(height, width).generate(image, request, latents, progress)
 
     def reference(
         self, image: Any, request: Request, latents: Optional[Any] = None, progress: Optional[Progress] = None
     ) -> Result:
         """`run` by the original algorithm: PyTorch in FP32, on the backend's device."""
-        self._need_initialize()
-        if self._reference is None:
-            from cldm.reference import Reference
+        from cldm.reference import Reference
 
-            self._reference = Reference(self._load_model(), self._tokenizer, str(self._weights), self._backend.device)
-        return self._reference.generate(image, request, latents, progress)
+        with self._lock:
+            self._need_initialize()
+            if self._reference is None:
+                model = self._load_model()
+                self._reference = Reference(model, self._tokenizer, str(self._weights), self._backend.device)
+            return self._reference.generate(image, request, latents, progress)
+
+    def token_digest(self, request: Request) -> str:
+        """Hash of the token ids of a request's texts: what the vocabulary at hand makes of them."""
+        self._need_initialize()
+        ids, _ = self._tokenizer([request.conditional_text, request.negative_prompt])
+        return hashlib.sha256(ids.tobytes()).hexdigest()[:16]
 
     def close(self) -> None:
         """Free everything; `initialize` may be called again."""
-        for pipeline in self._pipelines.values():
-            pipeline.close()
-        self._pipelines.clear()
-        self._reference = None
-        if self._backend is not None:
-            self._backend.close()
-            self._backend = None
+        with self._lock:
+            for pipeline in self._pipelines.values():
+                pipeline.close()
+            self._pipelines.clear()
+            self._reference = None
+            self._model = lambda: None
+            if self._backend is not None:
+                self._backend.close()
+                self._backend = None
 
     def _pipeline(self, height: int, width: int) -> Any:
         """The pipeline of a picture size, made on its first use; the least recently used goes."""
@@ -297,9 +331,14 @@ class hackathon:
             return Tokenizer(dataclasses.replace(self._config, folder=tiny.folder, tokenizer=tiny.tokenizer))
 
     def _load_model(self) -> Any:
+        """The model in FP32; one that something still holds is not loaded again."""
         from cldm.checkpoint import load_model
 
-        return load_model(self._config, self._weights)
+        model = self._model()
+        if model is None:
+            model = load_model(self._config, self._weights)
+            self._model = weakref.ref(model)
+        return model
 
     def _need_initialize(self) -> None:
         if self._backend is None:

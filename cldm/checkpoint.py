@@ -46,6 +46,8 @@ def load_model(config: ModelConfig, weights: Weights) -> ControlLDM:
     CheckpointError
         The file is damaged, holds code, or its names or shapes are not the model's; the first ten are listed.
     """
+    if int(torch.__version__.split(".")[0]) < 2:
+        raise RuntimeError(f"torch 2.0 or newer is needed, this is {torch.__version__}: run bash preprocess.sh")
     with torch.device("meta"):
         model = ControlLDM(config)
     if weights.path is None:

@@ -45,8 +45,10 @@ def draw_noise(
         initial = check_latents(latents, shape).to(device)
     if eta == 0:
         return initial, None
-    draws = [torch.randn(shape, generator=generator, device=device) for _ in range(steps)]
-    return initial, torch.stack(draws)
+    step_noise = torch.empty((steps, *shape), device=device)
+    for noise in step_noise:
+        torch.randn(shape, generator=generator, out=noise)
+    return initial, step_noise
 
 
 def check_latents(latents: Any, shape: Tuple[int, int, int, int]) -> torch.Tensor:

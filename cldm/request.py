@@ -27,8 +27,8 @@ def _integer(value: Any, name: str, low: int, high: int) -> int:
 
 def _real(value: Any, name: str, low: float, high: float) -> float:
     try:
-        # float() would read a number out of text.
-        number = float(None if isinstance(value, (str, bytes, bytearray)) else value)
+        # float() would read a number out of text, and out of a bool.
+        number = float(None if isinstance(value, (str, bytes, bytearray, bool)) else value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}") from None
     except OverflowError:
@@ -38,6 +38,13 @@ def _real(value: Any, name: str, low: float, high: float) -> float:
     if not low <= number <= high:
         raise ValueError(f"{name} must be between {low:g} and {high:g}, got {number:g}")
     return number
+
+
+def _flag(value: Any, name: str) -> bool:
+    # NumPy's own bool is told by its type's name: it need not be imported for that.
+    if isinstance(value, bool) or type(value).__name__ in ("bool_", "bool") or (type(value) is int and value in (0, 1)):
+        return bool(value)
+    raise TypeError(f"{name} must be a bool, got {type(value).__name__} {value!r}")
 
 
 def _text(value: Any, name: str) -> str:
@@ -103,9 +110,7 @@ class Request:
         put("num_samples", _integer(self.num_samples, "num_samples", 1, MAX_SAMPLES))
         put("image_resolution", _integer(self.image_resolution, "image_resolution", 64, MAX_RESOLUTION))
         put("ddim_steps", _integer(self.ddim_steps, "ddim_steps", 1, MAX_STEPS))
-        if self.guess_mode not in (True, False):
-            raise TypeError(f"guess_mode must be a bool, got {self.guess_mode!r}")
-        put("guess_mode", bool(self.guess_mode))
+        put("guess_mode", _flag(self.guess_mode, "guess_mode"))
         put("strength", _real(self.strength, "strength", 0, 10))
         put("guidance_scale", _real(self.guidance_scale, "guidance_scale", -100, 100))
         put("seed", _integer(self.seed, "seed", -1, MAX_SEED))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any, List, Tuple
+from typing import Any, List, Optional, Set, Tuple
 
 import numpy as np
 
@@ -33,6 +33,7 @@ class Tokenizer:
 
     def __init__(self, config: ModelConfig) -> None:
         self.max_length = config.text.max_length
+        self._told: Set[str] = set()
         self._tokenizer = _load(config)
         if len(self._tokenizer) < SMALLEST_VOCABULARY:
             raise ValueError(
@@ -51,8 +52,9 @@ class Tokenizer:
             texts, truncation=True, max_length=self.max_length, padding="max_length", return_attention_mask=False
         )
         warnings = [w for text in texts for w in self._cut(text)]
-        for warning in warnings:
+        for warning in set(warnings) - self._told:  # once, however often the same text comes
             log.warning(warning)
+        self._told.update(warnings)
         return np.asarray(encoded["input_ids"], dtype=np.int32), warnings
 
     def _cut(self, text: str) -> List[str]:
@@ -66,27 +68,39 @@ class Tokenizer:
 
 
 def _load(config: ModelConfig) -> Any:
-    from transformers import CLIPTokenizer
-    from transformers.utils import logging as transformers_logging
-
-    # Texts beyond 77 tokens are cut and named by us; transformers' own advice would only repeat it.
-    transformers_logging.get_logger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
     folder = Path(config.folder) / config.tokenizer
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        try:
-            return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except Exception as error:  # the tokenizers library raises nothing narrower
-            raise ValueError(f"vocab.json or merges.txt in {folder} is damaged, copy them again: {error}") from error
-    if config.tokenizer_hub:
-        try:
-            cached = CLIPTokenizer.from_pretrained(config.tokenizer_hub, local_files_only=True)
-            # Where its cache has no such files, transformers 5 makes an empty tokenizer instead of an error.
-            if len(cached) >= SMALLEST_VOCABULARY:
-                return cached
-        except (OSError, ValueError, TypeError) as error:
-            log.debug("no cached tokenizer %s: %s", config.tokenizer_hub, error)
+        return _load_folder(folder)
+    cached = _cached_folder(config.tokenizer_hub) if config.tokenizer_hub else None
+    if cached is not None:
+        return _load_folder(cached)
     hub = f" of {config.tokenizer_hub}" if config.tokenizer_hub else ""
     raise TokenizerNotFound(
         f"{config.name} needs its CLIP vocabulary: put vocab.json and merges.txt{hub} into {folder}"
         + (f", or fetch {config.tokenizer_hub} into transformers' cache once" if config.tokenizer_hub else "")
     )
+
+
+def _load_folder(folder: Path) -> Any:
+    from transformers import CLIPTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    # Texts beyond 77 tokens are cut and named by us; transformers' own advice would only repeat it.
+    transformers_logging.get_logger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
+    try:
+        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise ValueError(f"vocab.json or merges.txt in {folder} is damaged, copy them again: {error}") from error
+
+
+def _cached_folder(hub: str) -> Optional[Path]:
+    """The folder of transformers' cache that has the vocabulary, found without a word over the network.
+
+    `from_pretrained` with a hub's name would ask the hub even where it is told to use local files only.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    vocabulary, merges = (try_to_load_from_cache(hub, name) for name in ("vocab.json", "merges.txt"))
+    if isinstance(vocabulary, str) and isinstance(merges, str) and Path(vocabulary).parent == Path(merges).parent:
+        return Path(vocabulary).parent
+    return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Protocol, Tuple
+from typing import Any, Callable, Dict, Mapping, Optional, Protocol, Tuple
 
 from cldm.weights import Weights
 from deploy.manifest import ArtefactError, check_artefact, export_command, identity
@@ -52,6 +52,7 @@ class TorchBackend:
         self.precisions = ("fp32", "fp16", "bf16") if device == "cpu" else ("fp16", "fp32", "bf16")
         self._load = load
         self._modules: Dict[Tuple[str, int], Dict[str, Any]] = {}
+        self._model: Any = None
 
     def sessions(self, build: Build) -> Mapping[str, Session]:
         from deploy.graphs import build_graph
@@ -61,11 +62,14 @@ class TorchBackend:
         key = (build.precision, build.samples)
         if key not in self._modules:
             model = self._load().to(self.device)
+            if build.precision == "fp32":
+                self._model = model  # shares its weights with the graphs, and spares the reference a second copy
             self._modules[key] = {name: build_graph(name, model, *key) for name in specs}
         return {name: TorchSession(self._modules[key][name], spec) for name, spec in specs.items()}
 
     def close(self) -> None:
         self._modules.clear()
+        self._model = None
 
 
 class OnnxRuntimeBackend:
@@ -132,34 +136,42 @@ def choose_backend(
 
     Parameters
     ----------
-    name : {"torch", "onnxruntime"} or None
+    name : {"torch", "onnxruntime", "auto"} or None
     device : str or None
-        For torch: "cpu", "cuda", "cuda:1"; default the first CUDA device, or the CPU if torch is asked for by name.
+        "cpu", "cuda", "cuda:1", ...; by default a CUDA device where there is one.
 
     Raises
     ------
     BackendError
-        The backend asked for is unknown or cannot run; or none can.
+        The backend or the device asked for is unknown, cannot run, or the two do not go together.
     """
-    if name == "torch":
-        return TorchBackend(weights, load, _torch_device(device)), "asked for"
-    if name not in (None, "auto", "onnxruntime"):
+    if name not in (None, "auto", "torch", "onnxruntime"):
         raise BackendError(f"unknown backend {name!r}; there are torch and onnxruntime")
-    if name == "onnxruntime" and device not in (None, "cpu"):
-        raise BackendError(f"the onnxruntime backend runs on the CPU, not on {device}")
-    passed: List[str] = []
-    if name != "onnxruntime":
-        problem = "the CPU was asked for" if device == "cpu" else cuda_problem()
-        if problem is None:
-            return TorchBackend(weights, load, _torch_device(device)), "a CUDA device, the first choice here"
-        passed.append(f"torch: {problem}")
+    if name == "onnxruntime":
+        if device not in (None, "cpu"):
+            raise BackendError(f"the onnxruntime backend runs on the CPU, not on {device}")
+        problem = onnxruntime_problem()
+        if problem:
+            raise BackendError(f"onnxruntime cannot run here: {problem}")
+        return OnnxRuntimeBackend(weights, load, folder, export, report), "asked for"
+    if name == "torch" or device not in (None, "cpu"):
+        return TorchBackend(weights, load, _torch_device(device)), "asked for"
+    return _first_that_can_run(device, weights, load, folder, export, report)
+
+
+def _first_that_can_run(
+    device: Optional[str], weights: Weights, load: Callable[[], Any], folder: Path, export: bool, report: Report
+) -> Tuple[Backend, str]:
+    problem = "the CPU was asked for" if device == "cpu" else cuda_problem()
+    if problem is None:
+        return TorchBackend(weights, load, _torch_device(device)), "a CUDA device, the first choice here"
+    passed = [f"torch on CUDA: {problem}"]
     problem = onnxruntime_problem()
     if problem is None:
-        why = "asked for" if name == "onnxruntime" else "first that can run"
-        return OnnxRuntimeBackend(weights, load, folder, export, report), "; ".join([why, *passed])
-    if name == "onnxruntime":
-        raise BackendError(f"onnxruntime cannot run here: {problem}")
-    raise BackendError("; ".join(["no backend can run here", *passed, f"onnxruntime: {problem}"]))
+        backend = OnnxRuntimeBackend(weights, load, folder, export, report)
+        return backend, "; ".join(["first that can run", *passed])
+    passed.append(f"onnxruntime: {problem}")
+    return TorchBackend(weights, load, "cpu"), "; ".join(["all that is left", *passed])
 
 
 def _torch_device(device: Optional[str]) -> str:

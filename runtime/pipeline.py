@@ -88,9 +88,9 @@ class Pipeline:
         alternating = ("latent", "latent_next", "noise_last", "noise", "coefficients", "time_bias")
         for spec in specs.values():
             self.workspace.add_graph(spec, skip=alternating)
-        self._text = self._bind("text")
-        self._hint = self._bind("hint")
-        self._decode = [self._bind("decode", latent=f"latent_{i}") for i in (0, 1)]
+        self._bound = {name: self._bind(name) for name in ("text", "hint")}
+        for i in (0, 1):
+            self._bound[f"decode_{i}"] = self._bind("decode", latent=f"latent_{i}")
 
     def _bind(self, graph: str, **renamed: Any) -> Bound:
         """Bind a graph to the workspace's tensors of its names; `renamed` gives other names, or tensors themselves."""
@@ -200,9 +200,9 @@ class Pipeline:
         scales = request.control_scales(self.build.config.num_controls)
         self.workspace.write("control_scales", np.asarray(scales, np.float32))
         self.workspace.write("guidance_scale", np.asarray([request.guidance_scale], np.float32))
-        self._text.enqueue()
+        self._bound["text"].enqueue()
         clock.mark("text")
-        self._hint.enqueue()
+        self._bound["hint"].enqueue()
         clock.mark("hint")
 
     def _run(
@@ -219,7 +219,7 @@ class Pipeline:
             self._sample(schedule, initial[part], None if noise is None else noise[:, part], progress, (run, runs))
             clock.mark("steps")
             last = len(schedule.steps) % 2
-            self._decode[last].enqueue()
+            self._bound[f"decode_{last}"].enqueue()
             final, decoded = self.workspace.read(f"latent_{last}"), self.workspace.read("image")
             clock.mark("decode")
             self._check(schedule, final[:count], decoded[:count])
@@ -270,6 +270,7 @@ class Pipeline:
     def close(self) -> None:
         """Free the sessions and the workspace."""
         self._schedules.clear()
+        self._bound.clear()
         for session in self.sessions.values():
             session.close()
         self.workspace.clear()
@@ -286,6 +287,7 @@ class _StageClock:
 
     def __init__(self, device: str) -> None:
         self._cuda = device.startswith("cuda")
+        self._device = device
         self._start = time.perf_counter()
         self._marks: List[Tuple[str, Any]] = []
         self._first = self._now()
@@ -295,8 +297,9 @@ class _StageClock:
             return time.perf_counter()
         import torch
 
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        with torch.cuda.device(self._device):
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
         return event
 
     def mark(self, stage: str) -> None:
@@ -304,6 +307,9 @@ class _StageClock:
         self._marks.append((stage, self._now()))
 
     def milliseconds(self) -> Dict[str, float]:
+        """Time of each stage, and of all from the start until now. On a GPU this waits for the last mark."""
+        if self._cuda:
+            self._marks[-1][1].synchronize()
         total = 1e3 * (time.perf_counter() - self._start)
         spent: Dict[str, float] = {}
         before = self._first

@@ -70,11 +70,8 @@ class Workspace:
         tensor = self._tensors[name].detach()
         if tensor.is_floating_point():
             tensor = tensor.float()
-        return np.array(tensor.cpu().numpy(), copy=True)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self._tensors.values())
+        host = tensor.cpu()
+        return (host.clone() if host.data_ptr() == self._tensors[name].data_ptr() else host).numpy()
 
     def clear(self) -> None:
         self._tensors.clear()

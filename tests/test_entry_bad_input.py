@@ -184,16 +184,38 @@ def test_missing_vocabulary(config: ModelConfig, tmp_path: Path, capsys: pytest.
     assert_not_ready(engine)
 
 
-def test_no_backend_can_run(config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_left(config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.backends.cuda_problem", lambda: "no CUDA device")
     monkeypatch.setattr("runtime.backends.onnxruntime_problem", lambda: "the package onnxruntime is not installed")
     weights = find_weights(config)
-    with pytest.raises(BackendError, match="no backend can run here; torch: no CUDA device; onnxruntime: the package"):
-        choose_backend(None, None, weights, lambda: None, tmp_path)
+    backend, reason = choose_backend(None, None, weights, lambda: None, tmp_path)
+    assert (backend.name, backend.device) == ("torch", "cpu")
+    assert reason == (
+        "all that is left; torch on CUDA: no CUDA device; onnxruntime: the package onnxruntime is not installed"
+    )
     with pytest.raises(BackendError, match="onnxruntime cannot run here: the package onnxruntime is not installed"):
         choose_backend("onnxruntime", None, weights, lambda: None, tmp_path)
     backend, reason = choose_backend("torch", None, weights, lambda: None, tmp_path)
     assert (backend.name, backend.device, reason) == ("torch", "cpu", "asked for")
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [
+        ("cuda", "no CUDA device"),
+        ("cuda:1", "no CUDA device"),
+        ("mps", "cpu or cuda"),
+        ("banana", "not one that torch"),
+    ],
+)
+def test_a_device_is_honoured_or_refused(
+    device: str, words: str, config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no backend was named with it."""
+    monkeypatch.setattr("runtime.backends.cuda_problem", lambda: "no CUDA device")
+    for backend in (None, "auto", "torch"):
+        with pytest.raises(BackendError, match=words):
+            choose_backend(backend, device, find_weights(config), lambda: None, tmp_path)
 
 
 # -- pictures --------------------------------------------------------------------------------------------------------

@@ -243,6 +243,58 @@ def test_backends_agree(config_file: Path, build_dir: Path, picture: np.ndarray)
     assert np.linalg.norm(latents[0] - latents[1]) < 1e-4 * np.linalg.norm(latents[1])
 
 
+def test_threads_take_turns(engine: hackathon, picture: np.ndarray) -> None:
+    """Pictures of two sizes and four seeds from four threads are those of one thread."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def paint(seed: int) -> np.ndarray:
+        return process(engine, picture, seed=seed, ddim_steps=2 + seed % 2, image_resolution=64 + 32 * (seed % 2))[0]
+
+    alone = [paint(seed) for seed in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(paint, range(8)))
+    assert all(np.array_equal(one, other) for one, other in zip(alone, together))
+
+
+def test_closed_is_closed(config_file: Path, build_dir: Path, picture: np.ndarray) -> None:
+    hk = hackathon()
+    hk.initialize(str(config_file), "torch", device="cpu", build_dir=str(build_dir), height=64, width=64)
+    hk.close()
+    hk.close()
+    with pytest.raises(RuntimeError, match="initialize"):
+        process(hk, picture)
+    with pytest.raises(RuntimeError, match="initialize"):
+        hk.reference(picture, Request("a bird"))
+
+
+def test_fp32_graphs_and_reference_share_one_model(config_file: Path, build_dir: Path, picture: np.ndarray) -> None:
+    """On a laptop a second SD1.5 in memory is 5 GB."""
+    hk = hackathon()
+    hk.initialize(str(config_file), "torch", device="cpu", build_dir=str(build_dir), height=64, width=64)
+    hk.reference(picture, Request("a bird", image_resolution=64, ddim_steps=1, seed=1))
+    graphs = next(iter(hk._backend._modules.values()))
+    weight = graphs["step"].unet.input_blocks[0][0].weight
+    assert hk._reference.model.unet.input_blocks[0][0].weight.data_ptr() == weight.data_ptr()
+    hk.close()
+
+
+def test_floating_point_mode_is_left_alone(config_file: Path, build_dir: Path) -> None:
+    """ONNX Runtime can make the calling thread flush denormals to zero, for good."""
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from canny2image_TRT import hackathon\n"
+        "hk = hackathon(); hk.initialize(sys.argv[2], 'onnxruntime', build_dir=sys.argv[3], height=64, width=64)\n"
+        "print(float('1e-310') * float(sys.argv[4]) > 0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(ROOT), str(config_file), str(build_dir), "1.0"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.stdout.strip() == "True", done.stderr
+
+
 def test_receipt_says_why(engine: hackathon, picture: np.ndarray) -> None:
     receipt = engine.run(picture, Request("a bird", image_resolution=64, ddim_steps=1, seed=1)).receipt
     assert receipt.backend_reason == "asked for"

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 from typing import Dict, List, Tuple
@@ -252,6 +255,36 @@ def test_missing_vocabulary_that_has_a_hub_name(tmp_path: Path) -> None:
         Tokenizer(config)
     for said in ("sd15", "vocab.json", "merges.txt", str(tmp_path / "tokenizer"), "nobody/no-such-tokenizer"):
         assert said in str(error.value)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_cache_is_read_without_a_network(cached: bool, tmp_path: Path) -> None:
+    """In a process that nobody told to stay offline, and in which every look-up of a host fails loudly."""
+    snapshot = tmp_path / "hub" / "models--some--clip" / "snapshots" / "0123abc"
+    if cached:
+        shutil.copytree(FOLDER, snapshot)
+        (snapshot.parent.parent / "refs").mkdir()
+        (snapshot.parent.parent / "refs" / "main").write_text("0123abc")
+    program = (
+        "import sys, socket, dataclasses; sys.path.insert(0, sys.argv[1])\n"
+        "calls = []\n"
+        "def refuse(*a, **k): calls.append(a); raise OSError('no network')\n"
+        "socket.getaddrinfo = refuse; socket.socket.connect = refuse\n"
+        "from cldm.config import load_config\n"
+        "from cldm.tokenizer import Tokenizer, TokenizerNotFound\n"
+        "c = dataclasses.replace(load_config('sd15'), folder=sys.argv[2], tokenizer_hub='some/clip')\n"
+        "try: print(Tokenizer(c)(['a bird'])[0].shape, calls)\n"
+        "except TokenizerNotFound: print('not found', calls)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if "OFFLINE" not in k and not k.startswith("HF_")}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(FOLDER.parent.parent), str(tmp_path)],
+        env={**environment, "HF_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.strip() == ("(1, 77) []" if cached else "not found []"), done.stderr
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])

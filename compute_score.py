@@ -7,6 +7,7 @@ Writes score.json, score.csv and contact_sheet.png. Needs no network.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional
@@ -19,6 +20,11 @@ PACKAGES = ("numpy", "cv2", "torch", "transformers", "yaml", "tqdm", "onnxruntim
 INITIALIZE = ("model", "checkpoint", "random_weights", "backend", "precision", "device")
 # What a full report needs on the disk: tables, and a sheet of eight rows.
 OUTPUT_BYTES = 16 << 20
+
+
+def build_folder() -> Path:
+    """Where made files are kept, as `hackathon` has it."""
+    return Path(os.environ.get("HACKATHON_BUILD_DIR") or ROOT / "build")
 
 
 def parse_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
@@ -37,7 +43,7 @@ def parse_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
     add("--steps", type=int, metavar="N", help="sampler steps; default: the contest's 20")
     add("--warmup", type=int, default=1, metavar="N", help="untimed calls before the first timed one (default: 1)")
     add("--repeats", type=int, default=1, metavar="N", help="timed calls a picture, their median counts (default: 1)")
-    add("--output", type=Path, default=ROOT / "build" / "score", metavar="DIR", help="default: build/score")
+    add("--output", type=Path, default=build_folder() / "score", metavar="DIR", help="default: build/score")
     add("--noise-floor", action="store_true", help="make each reference twice and compare the two as well")
     add("--no-reference", action="store_true", help="measure latency only")
     return parser.parse_args(argv)
@@ -73,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
     options = score_options(arguments)
     folder = arguments.pictures or default_folder()
     pictures = find_pictures(folder, arguments.limit, options.request.image_resolution)
-    cache = ReferenceCache(ROOT / "build" / "reference")
+    cache = ReferenceCache(build_folder() / "reference")
     for place in [arguments.output, *([cache.folder] if options.reference else [])]:
         require_room(place, OUTPUT_BYTES)
     comparer = load_comparer() if options.reference else Comparer()

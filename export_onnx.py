@@ -7,7 +7,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import List, Optional
+from typing import Any, List, Optional
 
 ROOT = Path(__file__).resolve().parent
 
@@ -34,33 +34,41 @@ def parse_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Optional[List[str]] = None) -> int:
-    args = parse_arguments(argv)
-    from environment import ensure_environment
-
-    ensure_environment(["torch", "onnx", "polygraphy", "numpy", "yaml"])
+def run(args: argparse.Namespace) -> List[Any]:
+    """Make what is not there yet; the rows of the table."""
     from cldm.checkpoint import load_model
     from cldm.weights import find_weights
     from deploy.export import export_all
     from deploy.spec import Build
     from runtime.choose import choose_model, default_precision
 
+    config = choose_model(args.model, args.checkpoint)
+    precision = default_precision() if args.precision == "auto" else args.precision
+    weights = find_weights(config, args.checkpoint, args.random_weights, args.output / ".hashes.json")
+    return export_all(
+        Build(config, args.height, args.width, args.samples, precision),
+        weights,
+        lambda: load_model(config, weights),
+        args.output,
+        args.force,
+        not args.no_check,
+        lambda line: print(line, flush=True),
+        args.graphs,
+    )
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """The exit status: 0, or 1 after an error and 130 after Ctrl-C, each with a line on standard error."""
+    args = parse_arguments(argv)
+    from environment import ensure_environment
+
+    ensure_environment(["torch", "onnx", "polygraphy", "numpy", "yaml"])
+    start = time.perf_counter()
     try:
-        config = choose_model(args.model, args.checkpoint)
-        precision = default_precision() if args.precision == "auto" else args.precision
-        weights = find_weights(config, args.checkpoint, args.random_weights, args.output / ".hashes.json")
-        build = Build(config, args.height, args.width, args.samples, precision)
-        start = time.perf_counter()
-        results = export_all(
-            build,
-            weights,
-            lambda: load_model(config, weights),
-            args.output,
-            args.force,
-            not args.no_check,
-            lambda line: print(line, flush=True),
-            args.graphs,
-        )
+        results = run(args)
+    except KeyboardInterrupt:
+        print("export_onnx.py: interrupted; files that were finished are kept", file=sys.stderr)
+        return 130
     except (ValueError, OSError, RuntimeError) as error:
         print(f"export_onnx.py: {error}", file=sys.stderr)
         return 1
@@ -68,22 +76,15 @@ def main(argv: Optional[List[str]] = None) -> int:
     return 0
 
 
-def print_table(results: list, seconds: float) -> None:
+def print_table(results: List[Any], seconds: float) -> None:
+    from cldm.machine import peak_memory_text
+
     print(f"\n{'graph':8}{'MB':>10}{'nodes':>8}{'seconds':>9}{'error':>10}  file")
     for row in results:
         error = "-" if row.error is None else f"{row.error:.1e}"
         took = "there" if row.skipped else f"{row.seconds:.1f}"
         print(f"{row.graph:8}{row.num_bytes / 1e6:10.1f}{row.nodes:8}{took:>9}{error:>10}  {row.file}")
-    print(
-        f"error: of ONNX Runtime against PyTorch, relative; peak memory {peak_memory_gb():.1f} GB;"
-        f" {seconds:.1f} s in all"
-    )
-
-
-def peak_memory_gb() -> float:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    print(f"error: of ONNX Runtime against PyTorch, relative; {peak_memory_text()}; {seconds:.1f} s in all")
 
 
 if __name__ == "__main__":

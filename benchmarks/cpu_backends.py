@@ -46,26 +46,36 @@ def main(argv: Optional[List[str]] = None) -> int:
         print(f"cannot read {path}", file=sys.stderr)
         return 1
     request = Request("a bird", "best quality, extremely detailed", "lowres", ddim_steps=args.steps, seed=2946901)
-    engines = {}
-    for backend in ("onnxruntime", "torch"):  # an export takes memory that torch's weights would be in the way of
-        engines[backend] = hackathon()
-        engines[backend].initialize(
-            args.model,
-            backend,
-            "fp32",
-            device="cpu",
-            random_weights=args.random_weights,
-            build_dir=args.build_dir,
-        )
-    results = {name: engine.run(image, request) for name, engine in engines.items()}
-    times: Dict[str, List[Dict[str, float]]] = {name: [] for name in engines}
-    for _ in range(args.repeats):
-        for name, engine in engines.items():
-            times[name].append(dict(engine.run(image, request).receipt.milliseconds))
+    engines: Dict[str, Any] = {}
+    try:
+        for backend in ("onnxruntime", "torch"):  # an export takes memory that torch's weights would be in the way of
+            engines[backend] = hackathon()
+            engines[backend].initialize(
+                args.model,
+                backend,
+                "fp32",
+                device="cpu",
+                random_weights=args.random_weights,
+                build_dir=args.build_dir,
+            )
+        results = {name: engine.run(image, request) for name, engine in engines.items()}
+        times = measure(engines, image, request, args.repeats)
+    finally:
+        for engine in engines.values():
+            engine.close()
     latents = [results[name].latent for name in engines]
     error = np.linalg.norm(latents[1] - latents[0]) / np.linalg.norm(latents[0])
     print_report(args, results["torch"].receipt, times, float(error))
     return 0
+
+
+def measure(engines: Dict[str, Any], image: Any, request: Any, repeats: int) -> Dict[str, List[Dict[str, float]]]:
+    """Milliseconds a stage of each timed image, by engine; the engines take turns."""
+    times: Dict[str, List[Dict[str, float]]] = {name: [] for name in engines}
+    for _ in range(repeats):
+        for name, engine in engines.items():
+            times[name].append(dict(engine.run(image, request).receipt.milliseconds))
+    return times
 
 
 def print_report(
@@ -74,10 +84,10 @@ def print_report(
     import onnxruntime
     import torch
 
-    from runtime.ort_session import available_cores
+    from cldm.machine import available_cores, peak_memory_text, processor_name
 
     print(
-        f"{cpu_name()}, {available_cores()} cores; torch {torch.__version__} ({torch.get_num_threads()} threads),"
+        f"{processor_name()}, {available_cores()} cores; torch {torch.__version__} ({torch.get_num_threads()} threads),"
         f" onnxruntime {onnxruntime.__version__}; {receipt.model} ({receipt.weights}), fp32,"
         f" {receipt.height} x {receipt.width}, {receipt.evaluations} steps of batch 2;"
         f" 1 warm-up, median of {args.repeats} (lowest - highest), ms"
@@ -91,16 +101,7 @@ def print_report(
         )
         ratio = statistics.median(columns["torch"]) / statistics.median(columns["onnxruntime"])
         print(f"{stage:8}{cells}{ratio:>8.2f}")
-    print(f"latents differ by {error:.1e} (relative)")
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "CPU"
+    print(f"latents differ by {error:.1e} (relative); {peak_memory_text()}, of both together")
 
 
 if __name__ == "__main__":

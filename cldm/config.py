@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Type, TypeVar
@@ -34,6 +35,8 @@ class ModelConfig:
 
     Attributes
     ----------
+    name : str
+        A plain word: folders and receipts are named after it.
     checkpoint : tuple of str
         File names under models/ that hold its weights, the first that exists is used.
     tokenizer : str
@@ -57,6 +60,10 @@ class ModelConfig:
     folder: str = dataclasses.field(default=str(MODELS_DIR), compare=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise ValueError(
+                f"name: {self.name!r} is not a plain word; letters, digits, '.', '_' and '-' after the first are wanted"
+            )
         names = self.checkpoint
         if not isinstance(names, tuple) or not names or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{self.name}: checkpoint must be a list of file names, got {names!r}")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Optional
+from typing import Any, Callable, Dict, Iterable, Iterator, Optional
 
 CHUNK = 1 << 22
 # What a file system says where the fault is its own and not the path's.
@@ -37,11 +38,19 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         with naming_full_disk(path):
             yield temporary
-            os.chmod(temporary, 0o644)
+            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp lets the owner alone read it
             os.replace(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+
+
+@functools.lru_cache(maxsize=None)
+def _umask() -> int:
+    """The permissions that new files of this process must not have; read once, as reading sets it for a moment."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 @contextlib.contextmanager
@@ -124,6 +133,15 @@ def sha256(path: Path) -> str:
         for chunk in iter(lambda: file.read(CHUNK), b""):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def source_digest(files: Iterable[Path]) -> str:
+    """Hash over the names and contents of source files, the same whether their lines end as on Linux or on Windows."""
+    digest = hashlib.sha256()
+    for file in files:
+        content = file.read_bytes().replace(b"\r\n", b"\n")
+        digest.update(file.name.encode() + b"\0" + hashlib.sha256(content).digest())
+    return digest.hexdigest()[:16]
 
 
 def cached_sha256(path: Path, cache: Optional[Path]) -> str:

@@ -21,9 +21,6 @@ from cldm.tokenizer import Tokenizer
 from ldm.exact import exact_fp32
 from ldm.schedule import ddim_alpha_bars, ddim_sigmas, ddim_timesteps
 
-# Raised whenever a change here changes images, so that cached reference images are made anew.
-REFERENCE_VERSION = 1
-
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
     """(N, 3, H, W) images in [-1, 1] to (N, H, W, 3) uint8: clipped, and truncated as the original does."""

@@ -11,6 +11,9 @@ from cldm.config import ModelConfig
 from cldm.files import cached_sha256
 
 SUFFIXES = (".safetensors", ".pth", ".ckpt", ".pt")
+# To be raised when `cldm.checkpoint` draws other numbers from the same seed: what was made of the old ones, reference
+# images among it, then counts as made of other weights.
+RANDOM_WEIGHTS_VERSION = 1
 
 
 class CheckpointError(ValueError):
@@ -82,7 +85,7 @@ def find_weights(
 def _random(config: ModelConfig, seed: int) -> Weights:
     if not 0 <= seed < 2**63:
         raise CheckpointError(f"the seed of random weights must be between 0 and 2**63 - 1, got {seed}")
-    return Weights(None, seed, _combine(config, f"random-{seed}"))
+    return Weights(None, seed, _combine(config, f"random-{RANDOM_WEIGHTS_VERSION}-{seed}"))
 
 
 def _combine(config: ModelConfig, content: str) -> str:

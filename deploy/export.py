@@ -44,7 +44,17 @@ class ExportError(RuntimeError):
 
 @dataclass(frozen=True)
 class Exported:
-    """One line of the export's table; `error` is None where the file was there already or the check was left out."""
+    """One line of the export's table.
+
+    Attributes
+    ----------
+    seconds : float
+        What making it took now; 0 where the file was there already.
+    error : float or None
+        ONNX Runtime's relative error as measured when the file was made; None where it was made without the check.
+    skipped : bool
+        Whether the file was there already.
+    """
 
     graph: str
     file: Path
@@ -118,7 +128,7 @@ def _export_stale(
 ) -> Dict[str, Exported]:
     if not stale:
         return {}
-    _make_room(build, target)
+    _make_room(build, stale, target)
     if check and importlib.util.find_spec("onnxruntime") is None:
         report("onnxruntime is not installed: the graphs will not be compared with PyTorch")
         check = False
@@ -149,14 +159,16 @@ def _existing(
     return Exported(spec.name, file, size, int(manifest.get("nodes", 0)), 0.0, manifest.get("error"), True)
 
 
-def _make_room(build: Build, target: Path) -> None:
+def _make_room(build: Build, stale: List[GraphSpec], target: Path) -> None:
     """Before an hour of work, see that its result can be written; rubbish of a killed run goes first."""
     for rubbish in target.glob(".export-*"):
         shutil.rmtree(str(rubbish), ignore_errors=True)
     with torch.device("meta"):
-        count = sum(p.numel() for p in ControlLDM(build.config).parameters())
-    # The weights once in the exporter's files, once in ours; the text encoder is small beside them.
-    require_room(target, int(2.2 * count * torch.finfo(getattr(torch, build.dtype)).bits // 8))
+        model = ControlLDM(build.config)
+        graphs = [build_graph(spec.name, model, build.precision, build.samples) for spec in stale]
+    sizes = [sum(p.numel() * p.element_size() for p in graph.parameters()) for graph in graphs]
+    # All files, and the weights of one graph more in the exporter's own; a tenth for what is not weights.
+    require_room(target, int(1.1 * (sum(sizes) + max(sizes))))
 
 
 def _export_one(
@@ -164,14 +176,14 @@ def _export_one(
 ) -> Exported:
     import onnx
 
+    from deploy.onnx_files import check_tensors, gather_external, has_external, simplify
+
     start = time.perf_counter()
     module = build_graph(spec.name, model, build.precision, build.samples)
     file = target / spec.file
     scratch = Path(tempfile.mkdtemp(prefix=".export-", dir=str(target)))
     try:
         proto = _trace(module, spec, build, scratch)
-        from deploy.onnx_files import check_tensors, gather_external, has_external, simplify
-
         proto = simplify(proto)
         check_tensors(proto, spec)
         members = [scratch / spec.file]

@@ -5,19 +5,16 @@ No torch here: the runtime checks manifests before it loads anything.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-from cldm.files import cached_sha256, write_json
+from cldm.files import cached_sha256, source_digest, write_json
 from cldm.weights import Weights
 from deploy.spec import Build, GraphSpec
 
 FORMAT = 1
-# Of the fields of a manifest, those that decide whether the file is the one wanted.
-IDENTITY = ("format", "kind", "graph", "model", "weights", "code", "precision", "samples", "height", "width", "tensors")
 
 
 class ArtefactError(RuntimeError):
@@ -27,18 +24,22 @@ class ArtefactError(RuntimeError):
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def code_files() -> List[Path]:
+    """The sources that decide what an exported graph computes."""
+    files = sorted((ROOT / "ldm").glob("*.py"))
+    files += [ROOT / "cldm" / name for name in ("checkpoint.py", "controlnet.py", "model.py")]
+    return files + [
+        ROOT / "deploy" / name for name in ("export.py", "graphs.py", "onnx_files.py", "spec.py", "tracing.py")
+    ]
+
+
 def code_digest() -> str:
-    """Hash of the sources that decide what a graph computes; a change there makes every exported file stale."""
-    files = [*sorted((ROOT / "ldm").glob("*.py")), ROOT / "cldm" / "controlnet.py", ROOT / "cldm" / "model.py"]
-    files += [ROOT / "deploy" / name for name in ("graphs.py", "spec.py", "export.py")]
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes().replace(b"\r\n", b"\n"))
-    return digest.hexdigest()[:16]
+    """Hash of `code_files`; a change there makes every exported file stale."""
+    return source_digest(code_files())
 
 
 def identity(build: Build, graph: GraphSpec, weights: Weights, kind: str = "onnx") -> Dict[str, Any]:
-    """The fields that the manifest of a graph's file must have."""
+    """The fields that the manifest of a graph's file must have: those that decide whether it is the one wanted."""
     return {
         "format": FORMAT,
         "kind": kind,

@@ -22,6 +22,8 @@ Dim = Union[int, str]
 
 @dataclass(frozen=True)
 class TensorSpec:
+    """Shape of a tensor, with `STEPS` for the length of the schedule, and its type's name in NumPy and torch."""
+
     shape: Tuple[Dim, ...]
     dtype: str
 

@@ -91,6 +91,8 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """(B, L, dim) to (B, L, dim) through a GEGLU of `mult` times the width."""
+
     def __init__(self, dim: int, mult: int = 4) -> None:
         super().__init__()
         self.net = nn.Sequential(GEGLU(dim, mult * dim), nn.Identity(), nn.Linear(mult * dim, dim))

@@ -15,6 +15,8 @@ from ldm.unet import Upsample
 
 
 class ResnetBlock(nn.Module):
+    """Two 3x3 convolutions and a residual: (B, in_channels, H, W) to (B, out_channels, H, W)."""
+
     def __init__(self, in_channels: int, out_channels: int, norm_groups: int) -> None:
         super().__init__()
         self.norm1 = GroupNorm(norm_groups, in_channels, eps=1e-6)
@@ -50,7 +52,7 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Strided convolution padded on the right and at the bottom only."""
+    """(B, C, H, W) to (B, C, H / 2, W / 2): a strided convolution padded on the right and at the bottom only."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -70,6 +72,8 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
+    """The blocks at the lowest resolution: (B, C, h, w) to (B, C, h, w)."""
+
     def __init__(self, channels: int, norm_groups: int) -> None:
         super().__init__()
         self.block_1 = ResnetBlock(channels, channels, norm_groups)

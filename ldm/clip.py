@@ -20,6 +20,8 @@ def quick_gelu(x: torch.Tensor) -> torch.Tensor:
 
 
 class CLIPAttention(nn.Module):
+    """Self-attention over (B, L, width) features; the (L, L) mask is added to its scores."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -36,6 +38,8 @@ class CLIPAttention(nn.Module):
 
 
 class CLIPMLP(nn.Module):
+    """(B, L, width) to (B, L, width) through a hidden layer with quick GELU."""
+
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
@@ -46,6 +50,8 @@ class CLIPMLP(nn.Module):
 
 
 class CLIPLayer(nn.Module):
+    """Attention and MLP over (B, L, width) features, each behind a layer norm and a residual."""
+
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.self_attn = CLIPAttention(config.width, config.heads)
@@ -59,6 +65,8 @@ class CLIPLayer(nn.Module):
 
 
 class CLIPEmbeddings(nn.Module):
+    """(B, L) token ids to the (B, L, width) sums of token and position embedding."""
+
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
@@ -69,6 +77,8 @@ class CLIPEmbeddings(nn.Module):
 
 
 class CLIPEncoder(nn.Module):
+    """The layers one after the other: (B, L, width) to (B, L, width), with an (L, L) mask."""
+
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(CLIPLayer(config) for _ in range(config.layers))

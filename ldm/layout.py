@@ -33,6 +33,8 @@ class UNetConfig:
     norm_groups: int = 32
 
     def __post_init__(self) -> None:
+        if not self.channel_mult:
+            raise ValueError("unet.channel_mult is empty: one number a level is wanted")
         if self.model_channels % 2:
             raise ValueError(f"unet.model_channels: {self.model_channels} is odd, the timestep embedding needs pairs")
         for level, mult in enumerate(self.channel_mult):
@@ -69,6 +71,8 @@ class AutoencoderConfig:
     norm_groups: int = 32
 
     def __post_init__(self) -> None:
+        if not self.channel_mult:
+            raise ValueError("autoencoder.channel_mult is empty: one number a level is wanted")
         for mult in self.channel_mult:
             exact_div(self.channels * mult, self.norm_groups, "autoencoder: channels by norm_groups")
         if not self.scale_factor > 0:
@@ -82,6 +86,8 @@ class AutoencoderConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
+    """Shape of CLIP's text encoder: (B, L) token ids, L at most `max_length`, to (B, L, width) features."""
+
     vocab_size: int
     width: int
     layers: int

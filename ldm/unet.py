@@ -73,6 +73,8 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
+    """(B, C, H, W) to (B, C, H / 2, W / 2): a strided convolution padded on all sides."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
@@ -82,6 +84,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """(B, C, H, W) to (B, C, 2 H, 2 W): each pixel four times, then a convolution."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Mapping, Optional
 
 import numpy as np
 
+from cldm.machine import available_cores
 from deploy.manifest import ArtefactError
 from deploy.spec import GraphSpec
 from runtime.session import check_buffers
-
-
-def available_cores() -> int:
-    """Cores that this process may use, which in a container is less than the machine has."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS and Windows
-        return os.cpu_count() or 1
 
 
 class OrtSession:
@@ -46,8 +38,6 @@ class OrtSession:
         options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = 3
-        # FP32 tails of 1e-38 would take the processor's slow path; no result is that small.
-        options.add_session_config_entry("session.set_denormal_as_zero", "1")
         # Threads spin for work inside a run, not after it: OpenCV and the other graphs' sessions want the cores then.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         self.spec = spec
@@ -65,17 +55,23 @@ class OrtSession:
             for name in names:
                 tensor, dtype = buffers[name], np.dtype(self.spec.tensors[name].dtype)
                 bind(name, "cpu", 0, dtype, list(tensor.shape), tensor.data_ptr())
-        return BoundOrt(self._session, binding, dict(buffers))
+        return BoundOrt(self.spec.name, self._session, binding, dict(buffers))
 
     def close(self) -> None:
         self._session = None
 
 
 class BoundOrt:
-    def __init__(self, session: Any, binding: Any, buffers: Mapping[str, Any]) -> None:
+    """An `OrtSession` with its buffers, which it reads and writes in place."""
+
+    def __init__(self, name: str, session: Any, binding: Any, buffers: Mapping[str, Any]) -> None:
+        self._name = name
         self._session = session
         self._binding = binding
         self._buffers = buffers  # the binding holds addresses only
 
     def enqueue(self) -> None:
-        self._session.run_with_iobinding(self._binding)
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # as above
+            raise RuntimeError(f"ONNX Runtime failed in {self._name}: {str(error).splitlines()[0]}") from error

@@ -34,6 +34,8 @@ class TorchSession:
 
 
 class BoundModule:
+    """A `TorchSession` with its buffers: reads the inputs in place, copies the results into the outputs."""
+
     def __init__(self, module: Any, inputs: List[Any], outputs: List[Any]) -> None:
         self._module = module
         self._inputs = inputs

@@ -9,13 +9,15 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 import numpy as np
 
-from cldm.files import atomic_path
+from cldm.files import atomic_path, source_digest
 from cldm.request import Request
 from cldm.result import Result
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -42,23 +44,34 @@ class Reference:
         return cls(result.images[0], result.latent, result.receipt.to_dict())
 
 
-def reference_key(picture_digest: str, request: Request, weights_digest: str, device: str) -> str:
+def reference_sources() -> List[Path]:
+    """The sources that decide what a reference image is, its weights and token ids apart."""
+    names = ("controlnet.py", "image.py", "model.py", "noise.py", "reference.py", "request.py")
+    return [*sorted((ROOT / "ldm").glob("*.py")), *(ROOT / "cldm" / name for name in names)]
+
+
+def reference_key(picture_digest: str, request: Request, weights_digest: str, token_digest: str, device: str) -> str:
     """Hash over everything that decides a reference image.
 
-    The device counts because the noise and the last bits are drawn and computed there; the versions of PyTorch and
-    OpenCV because theirs are those of the networks and of the canny map.
+    Parameters
+    ----------
+    token_digest : str
+        Hash of the token ids of the request's texts: what its words are depends on the vocabulary that is there.
+    device : str
+        Counts because the noise is drawn and the last bits are computed there; of a CUDA device its name as well. The
+        versions of PyTorch and OpenCV count because theirs are the networks' arithmetic and the canny map.
     """
     import cv2
     import torch
-
-    from cldm.reference import REFERENCE_VERSION
 
     parts = {
         "picture": picture_digest,
         "request": dataclasses.asdict(request),
         "weights": weights_digest,
+        "tokens": token_digest,
         "device": device,
-        "algorithm": REFERENCE_VERSION,
+        "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
+        "code": source_digest(reference_sources()),
         "torch": torch.__version__,
         "opencv": cv2.__version__,
     }

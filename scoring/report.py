@@ -7,12 +7,12 @@ import dataclasses
 import importlib.metadata
 import io
 import math
-import os
 import platform
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from cldm.files import atomic_path, write_json
+from cldm.machine import available_cores, processor_name
 from scoring.measures import COMPARISONS, LATENCY, Measure, summarise
 from scoring.pd import PD_LIMIT
 from scoring.runner import PictureScore, Score
@@ -36,7 +36,7 @@ NOT_MEASURED = "not measured"
 
 
 def environment() -> Dict[str, Any]:
-    """Python, system, processor, and the versions of the packages that decide numbers and times."""
+    """Python, system, processor, usable cores, and the versions of the packages that decide numbers and times."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -46,20 +46,10 @@ def environment() -> Dict[str, Any]:
     return {
         "python": platform.python_version(),
         "system": platform.platform(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
+        "processor": processor_name(),
+        "cores": available_cores(),
         "packages": versions,
     }
-
-
-def _processor() -> str:
-    """The processor's name; Linux tells it in a file only."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def what_runs(receipt: Dict[str, Any], warmup: int, repeats: int) -> str:

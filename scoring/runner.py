@@ -40,6 +40,8 @@ class Pipeline(Protocol):
 
     weights_digest: str
 
+    def token_digest(self, request: Request) -> str: ...
+
     def process(self, *arguments: Any) -> List[np.ndarray]: ...
 
     def run(self, image: np.ndarray, request: Request) -> Result: ...
@@ -273,7 +275,9 @@ class Runner:
 
     def _reference(self, picture: Picture, image: np.ndarray, device: str, warnings: List[str]) -> Reference:
         """The cached reference, or one made now and cached; for the noise floor it is always made."""
-        key = reference_key(picture.digest, self.options.request, self.pipeline.weights_digest, device)
+        request = self.options.request
+        tokens = self.pipeline.token_digest(request)
+        key = reference_key(picture.digest, request, self.pipeline.weights_digest, tokens, device)
         cached = None if self.options.noise_floor else self.cache.load(key)
         if cached is not None:
             return cached

@@ -23,6 +23,7 @@ class FakePipeline:
     """
 
     weights_digest = "fake"
+    vocabulary = "fake"
 
     def __init__(self, error=2, reference_noise=0, unsteady=False):
         self.error = error
@@ -40,6 +41,9 @@ class FakePipeline:
 
     def count(self, name):
         return sum(call[0] == name for call in self.calls)
+
+    def token_digest(self, request):
+        return f"{self.vocabulary} {request.conditional_text} {request.negative_prompt}"
 
     def process(self, image, *arguments):
         self.calls.append(("process", image, arguments))

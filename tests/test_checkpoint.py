@@ -324,6 +324,16 @@ def test_digest_is_of_content_config_and_seed(tmp_path: Path) -> None:
     assert len(set(digests)) == len(digests)
 
 
+def test_digest_of_random_weights_is_of_their_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = micro_config(tmp_path)
+    (tmp_path / "a.pth").write_bytes(b"one")
+    seeded = find_weights(config).digest
+    file = find_weights(config, str(tmp_path / "a.pth")).digest
+    monkeypatch.setattr("cldm.weights.RANDOM_WEIGHTS_VERSION", 2)
+    assert find_weights(config).digest != seeded
+    assert find_weights(config, str(tmp_path / "a.pth")).digest == file
+
+
 def test_hash_cache_is_used_until_the_file_changes(tmp_path: Path) -> None:
     config = micro_config(tmp_path)
     cache, path = tmp_path / "cache" / "hashes.json", tmp_path / "a.pth"

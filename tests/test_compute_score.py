@@ -30,6 +30,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(compute_score, "ROOT", tmp_path)
     monkeypatch.setattr(backbones, "METRICS_DIR", tmp_path / "metrics")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.delenv("HACKATHON_BUILD_DIR", raising=False)
     return tmp_path
 
 
@@ -87,6 +88,14 @@ def test_every_option_arrives(place, pipeline):
     assert (output / "score.json").is_file()
     assert pipeline.count("reference") == 0
     assert not (place / "build" / "reference").exists()
+
+
+def test_build_folder_of_the_environment(place, pipeline, monkeypatch):
+    monkeypatch.setenv("HACKATHON_BUILD_DIR", str(place / "else where"))
+    assert _main(place) == 0
+    assert sorted(path.name for path in (place / "else where").iterdir()) == ["reference", "score"]
+    assert len(list((place / "else where" / "reference").glob("*.npz"))) == 2
+    assert not (place / "build").exists()
 
 
 def test_noise_floor_option(place, pipeline, capsys):
@@ -203,6 +212,48 @@ def test_interrupt_while_writing_leaves_the_old_report(place, pipeline, monkeypa
     monkeypatch.setattr(Path, "write_text", interrupted)
     assert _main(place) == 130
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+# --- the real thing
+
+
+def _score_tiny(folder, output):
+    """`compute_score.py` as a user starts it, from another folder."""
+    command = [sys.executable, str(ROOT / "compute_score.py"), "--model", "tiny", "--backend", "onnxruntime"]
+    command += ["--limit", "1", "--steps", "2", "--output", str(output)]
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("HACKATHON_")}
+    environ.update(HACKATHON_BUILD_DIR=str(folder / "made"), TORCH_HOME=str(folder / "torch"))
+    done = subprocess.run(command, cwd=str(folder), env=environ, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads((output / "score.json").read_text())
+
+
+def test_main_job_on_the_tiny_model(tmp_path):
+    outputs = [tmp_path / "first", tmp_path / "second"]
+    (text, first), (_, second) = [_score_tiny(tmp_path, output) for output in outputs]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "made", "second"]
+    assert sorted(path.name for path in outputs[0].iterdir()) == ["contact_sheet.png", "score.csv", "score.json"]
+    assert len(list((tmp_path / "made" / "reference").glob("*.npz"))) == 1
+    assert cv2.imread(str(outputs[0] / "contact_sheet.png")).shape[1] > 4 * 384
+
+    (picture,), (again,) = first["pictures"], second["pictures"]
+    assert picture["receipt"]["backend"] == "onnxruntime" and picture["receipt"]["evaluations"] == 2
+    assert (picture["receipt"]["width"], picture["receipt"]["height"]) == (384, 256)
+    values = picture["values"]
+    assert 0 < values["latent_relative_error"] < 1e-4
+    assert values["pixel_max_abs"] <= 1 and values["latency_ms"] > 0
+    absent = {"pd": "pt_inception-2015-12-05-6726825d.pth", "lpips": "alexnet-owt-7be5be79.pth"}
+    for key, name in absent.items():
+        if (backbones.METRICS_DIR / name).is_file():
+            assert values[key] < 1
+        else:
+            place = backbones.METRICS_DIR / name
+            assert first["not_measured"][key] == f"not measured: {name} not found, put it at {place}"
+            assert f": {first['not_measured'][key]}\n" in text and key not in values
+
+    assert (picture["reference_cached"], again["reference_cached"]) == (False, True)
+    assert {**again["values"], "latency_ms": 0} == {**values, "latency_ms": 0}
+    assert again["reference_receipt"] == picture["reference_receipt"]
 
 
 # --- environment

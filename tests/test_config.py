@@ -129,6 +129,8 @@ BAD_VALUES = [
     ("unet", "attention_levels", [0, 4], "attention_levels: 4 is not one of the 4 levels"),
     ("unet", "attention_levels", [-1], "attention_levels: -1 is not one of the 4 levels"),
     ("unet", "channel_mult", 4, "unet: .*not iterable"),
+    ("unet", "channel_mult", [], "unet.channel_mult is empty"),
+    ("autoencoder", "channel_mult", [], "autoencoder.channel_mult is empty"),
     ("unet", "head_dim", 8, r"unet: unknown keys \['head_dim'\], missing keys \[\]"),
     ("hint", "channels", [8, 8], r"hint encoder has 7 convolutions before its last, got \(8, 8\)"),
     ("autoencoder", "channel_mult", [1, 2, 4], "hint encoder downsamples by 8, the autoencoder by 4"),
@@ -172,6 +174,19 @@ def test_bad_schedule(values: Dict[str, Any], load: Callable) -> None:
 def test_checkpoint_is_a_list_of_names(checkpoint: Any, values: Dict[str, Any], load: Callable) -> None:
     with pytest.raises(ValueError, match="tiny: checkpoint must be a list of file names"):
         load({**values, "checkpoint": checkpoint})
+
+
+@pytest.mark.parametrize(
+    "name", ["", "a b", "../x", "a/b", "a\\b", ".hidden", "-x", "a\n", "naïve", 15, None, ["a"]], ids=repr
+)
+def test_name_is_a_plain_word(name: Any, values: Dict[str, Any], load: Callable) -> None:
+    with pytest.raises(ValueError, match="name: .* is not a plain word"):
+        load({**values, "name": name})
+
+
+@pytest.mark.parametrize("name", ["a", "15", "my-model_v1.5"])
+def test_plain_names(name: str, values: Dict[str, Any], load: Callable) -> None:
+    assert load({**values, "name": name}).name == name
 
 
 def test_exact_div() -> None:

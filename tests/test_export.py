@@ -543,6 +543,22 @@ def test_room_is_asked_for_first(config: ModelConfig, tmp_path: Path, monkeypatc
     assert loads == []
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_room_is_asked_for_the_missing_graphs_only(
+    precision: str, config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Enough for the files and for the exporter's own copy of the largest, not much more."""
+    build, weights = Build(config, SIZE, SIZE, 1, precision), find_weights(config)
+    asked: List[int] = []
+    monkeypatch.setattr(export_module, "require_room", lambda folder, num_bytes: asked.append(num_bytes))
+    rows = make(build, weights, tmp_path, [])
+    hint, time = (sum(len(t.raw_data) for t in onnx.load(str(row.file)).graph.initializer) for row in rows)
+    assert asked == [pytest.approx(1.1 * (hint + time + max(hint, time)), rel=0.02)]
+    (tmp_path / build.folder_name / "time.onnx").unlink()
+    make(build, weights, tmp_path, [])
+    assert asked[1:] == [pytest.approx(2.2 * time, rel=0.02)]
+
+
 # -- export_onnx.py --------------------------------------------------------------------------------------------------
 
 
@@ -606,6 +622,25 @@ def test_command_with_unknown_choices(change: List[str], arguments: List[str], c
     assert caught.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert change[0] in last and change[1] in last and "invalid" in last
+
+
+def test_interrupted_command_says_so_in_one_line(
+    arguments: List[str], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = export_module._put_in_place
+
+    def interrupted(file: Path, members: List[Path]) -> List[Path]:
+        if file.name == "time.onnx":
+            raise KeyboardInterrupt
+        return original(file, members)
+
+    monkeypatch.setattr(export_module, "_put_in_place", interrupted)
+    assert export_onnx.main(arguments) == 130
+    err = capsys.readouterr().err
+    assert err == "export_onnx.py: interrupted; files that were finished are kept\n"
+    target = tmp_path / "my build" / f"micro-{SIZE}x{SIZE}-n1-fp32"
+    assert sorted(path.name for path in target.glob("[!.]*")) == ["hint.onnx", "hint.onnx.json"]
+    assert not list(target.glob(".export-*"))
 
 
 def test_command_with_a_truncated_checkpoint(

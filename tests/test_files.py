@@ -17,7 +17,16 @@ from typing import Any, List
 import pytest
 
 from cldm import files
-from cldm.files import atomic_path, cached_sha256, locked, naming_full_disk, require_room, sha256, write_json
+from cldm.files import (
+    atomic_path,
+    cached_sha256,
+    locked,
+    naming_full_disk,
+    require_room,
+    sha256,
+    source_digest,
+    write_json,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,7 +42,26 @@ def test_content_comes_whole_and_readable(tmp_path: Path) -> None:
         temporary.write_bytes(b"content")
         assert not target.exists()
     assert target.read_bytes() == b"content" and names_in(target.parent) == ["a.bin"]
-    assert target.stat().st_mode & 0o777 == 0o644
+
+
+UNDER_A_MASK = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from cldm.files import atomic_path
+os.umask(int(sys.argv[3], 8))
+with atomic_path(Path(sys.argv[2])) as temporary:
+    temporary.write_bytes(b"x")
+assert os.umask(0) == int(sys.argv[3], 8), "the mask was not put back"
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX permissions")
+@pytest.mark.parametrize(("mask", "mode"), [("022", 0o644), ("002", 0o664), ("077", 0o600)])
+def test_permissions_are_those_of_any_new_file(mask: str, mode: int, tmp_path: Path) -> None:
+    target = tmp_path / "a.bin"
+    subprocess.run([sys.executable, "-c", UNDER_A_MASK, str(ROOT), str(target), mask], check=True, timeout=60)
+    assert target.stat().st_mode & 0o777 == mode
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), OSError(errno.EIO, "x"), KeyboardInterrupt()], ids=repr)
@@ -198,6 +226,21 @@ def test_hash_is_sha256(tmp_path: Path) -> None:
     for content in (b"", b"abc", bytes(range(256)) * 20_000):
         (tmp_path / "a").write_bytes(content)
         assert sha256(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+def test_source_digest_is_of_names_and_contents(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.py", tmp_path / "two.py"
+    contents = [(b"a\nb\n", b""), (b"a\nc\n", b""), (b"a\n", b"b\n"), (b"", b"a\nb\n")]
+    digests = []
+    for content in contents:
+        one.write_bytes(content[0])
+        two.write_bytes(content[1])
+        digests.append(source_digest([one, two]))
+    assert len(set(digests)) == len(contents)
+    assert source_digest([two, one]) not in digests and source_digest([one]) not in digests
+    one.write_bytes(b"a\r\nb\r\n")
+    two.write_bytes(b"")
+    assert source_digest([one, two]) == digests[0], "line ends of Windows"
 
 
 def test_cached_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,12 +124,27 @@ def test_resolution_sets_the_size(engine: hackathon, picture: np.ndarray) -> Non
     assert process(engine, picture, image_resolution=96)[0].shape == (128, 128, 3)
 
 
-def test_channels_are_taken_as_they_come(engine: hackathon, picture: np.ndarray) -> None:
-    """No BGR/RGB swap inside: exchanging the channels of the input only changes its edges, which here are equal."""
+def test_channels_are_taken_as_they_come(
+    engine: hackathon, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No BGR/RGB swap inside: the picture reaches the edge detector as it was given."""
+    from cldm.image import canny_map
+
+    seen: List[np.ndarray] = []
+
+    def record(image: Any, *arguments: Any) -> np.ndarray:
+        seen.append(np.array(image))
+        return canny_map(image, *arguments)
+
+    monkeypatch.setattr("runtime.pipeline.canny_map", record)
+    monkeypatch.setattr("cldm.reference.canny_map", record)
     colored = picture.copy()
+    colored[..., 1] //= 2
     colored[..., 2] = 90
-    swapped = np.ascontiguousarray(colored[..., ::-1])
-    assert np.array_equal(process(engine, colored)[0], process(engine, swapped)[0])
+    process(engine, colored)
+    engine.reference(colored, Request("a bird", image_resolution=64, ddim_steps=1, seed=1))
+    assert len(seen) == 2
+    assert all(np.array_equal(image, colored) for image in seen)
 
 
 def test_samples_are_one_draw_of_noise(engine: hackathon, picture: np.ndarray) -> None:

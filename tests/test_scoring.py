@@ -8,7 +8,10 @@ import hashlib
 import io
 import json
 import socket
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -24,11 +27,13 @@ from scoring.measures import COMPARISONS, LATENCY, Comparer, load_comparer, perc
 from scoring.metrics import error_stats, psnr, ssim
 from scoring.pd import PerceptualDistance
 from scoring.pictures import find_pictures
-from scoring.reference_cache import Reference, ReferenceCache, reference_key
+from scoring.reference_cache import Reference, ReferenceCache, reference_key, reference_sources
 from scoring.report import format_report, format_table, to_csv, to_json, what_runs
 from scoring.runner import CONTEST_REQUEST, Runner, ScoreOptions
 from scoring.sheet import GAP, HEADER, SheetRow, contact_sheet, encode_png
 from tests.scoring_fakes import FakePipeline, write_pictures
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -341,7 +346,7 @@ def test_damaged_cache_files_count_as_absent(tmp_path):
 
 
 def test_reference_key_depends_on_everything_that_decides_the_image(monkeypatch):
-    base = ("picture", CONTEST_REQUEST, "weights", "cpu")
+    base = ("picture", CONTEST_REQUEST, "weights", "tokens", "cpu")
     keys = {reference_key(*base)}
     assert reference_key(*base) in keys
     changes = {
@@ -361,17 +366,60 @@ def test_reference_key_depends_on_everything_that_decides_the_image(monkeypatch)
     }
     assert set(changes) == {field.name for field in dataclasses.fields(Request)}
     requests = [dataclasses.replace(CONTEST_REQUEST, **{name: value}) for name, value in changes.items()]
-    keys |= {reference_key("picture", request, "weights", "cpu") for request in requests}
+    keys |= {reference_key("picture", request, *base[2:]) for request in requests}
     keys |= {
         reference_key("another", *base[1:]),
-        reference_key(*base[:2], "other", "cpu"),
-        reference_key(*base[:3], "cuda"),
+        reference_key(*base[:2], "other", "tokens", "cpu"),
+        reference_key(*base[:3], "other", "cpu"),
     }
-    monkeypatch.setattr("cldm.reference.REFERENCE_VERSION", -1)
-    keys.add(reference_key(*base))
     monkeypatch.setattr(torch, "__version__", "0.0")
     keys.add(reference_key(*base))
-    assert len(keys) == 1 + len(changes) + 3 + 2
+    assert len(keys) == 1 + len(changes) + 3 + 1
+
+
+def test_reference_key_depends_on_the_gpu(monkeypatch):
+    base = ("picture", CONTEST_REQUEST, "weights", "tokens")
+    asked = []
+    names = {"cuda": "GPU A", "cuda:1": "GPU B"}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: asked.append(device) or names[device])
+    keys = [reference_key(*base, device) for device in ("cpu", "cuda", "cuda:1", "cuda")]
+    assert asked == ["cuda", "cuda:1", "cuda"]
+    assert len(set(keys)) == 3 and keys[1] == keys[3]
+    names["cuda"] = "GPU C"
+    assert reference_key(*base, "cuda") not in keys
+    assert reference_key(*base, "cpu") == keys[0]
+
+
+def test_reference_key_depends_on_the_code_that_makes_references(tmp_path, monkeypatch):
+    found = {str(path.relative_to(ROOT)) for path in reference_sources()}
+    named = ["controlnet", "image", "model", "noise", "reference", "request"]
+    assert found == {f"cldm/{name}.py" for name in named} | {f"ldm/{path.name}" for path in (ROOT / "ldm").glob("*.py")}
+    copies = []
+    for path in reference_sources():
+        copies.append(tmp_path / path.relative_to(ROOT))
+        copies[-1].parent.mkdir(exist_ok=True)
+        copies[-1].write_bytes(path.read_bytes())
+    base = ("picture", CONTEST_REQUEST, "weights", "tokens", "cpu")
+    keys = {reference_key(*base)}
+    monkeypatch.setattr("scoring.reference_cache.ROOT", tmp_path)
+    keys.add(reference_key(*base))
+    assert len(keys) == 1, "the place of the repository must not count"
+    for copy in copies:
+        copy.write_bytes(copy.read_bytes() + b"\n")
+        keys.add(reference_key(*base))
+    assert len(keys) == 1 + len(copies)
+
+
+def test_sources_of_references_are_all_that_the_reference_imports():
+    """But for what decides tokens and weights, which have digests of their own, and what decides no pixel."""
+    others = {"cldm.config", "cldm.result", "cldm.tokenizer"}
+    program = "import sys, cldm.reference\nprint(*(name for name in sys.modules if name.startswith(('ldm.', 'cldm.'))))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=str(ROOT), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    imported = set(done.stdout.split()) - others
+    assert "cldm.noise" in imported
+    digested = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in reference_sources()}
+    assert imported <= digested
 
 
 # --- contact sheet
@@ -463,6 +511,10 @@ def test_references_are_made_once(tmp_path, pictures):
     other_weights.weights_digest = "other"
     _run(tmp_path, pictures, other_weights)
     assert other_weights.count("reference") == 2
+    other_vocabulary = FakePipeline()
+    other_vocabulary.vocabulary = "other"
+    _run(tmp_path, pictures, other_vocabulary)
+    assert other_vocabulary.count("reference") == 2
 
 
 def test_noise_floor_recomputes_both_references(tmp_path, pictures):

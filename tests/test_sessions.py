@@ -16,7 +16,7 @@ from deploy.export import example_inputs, export_all
 from deploy.graphs import build_graph
 from deploy.manifest import ArtefactError
 from deploy.spec import Build, GraphSpec, graph_specs
-from runtime.ort_session import OrtSession, available_cores
+from runtime.ort_session import OrtSession
 from runtime.torch_session import TorchSession
 from runtime.workspace import Workspace
 from tests.small_model import small_config
@@ -146,7 +146,3 @@ def test_workspace_keeps_one_tensor_a_name() -> None:
     assert float(workspace["latent"].sum()) == 24
     with pytest.raises(ValueError, match="latent has shape"):
         workspace.write("latent", np.ones((4, 2, 3)))
-
-
-def test_cores_are_those_of_this_process() -> None:
-    assert 1 <= available_cores() <= 4096

@@ -22,5 +22,5 @@ def test_commands_of_the_readme_exist() -> None:
     assert {"compute_score.py", "export_onnx.py"} <= scripts
     assert [script for script in scripts if not (ROOT / script).is_file()] == []
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = set(re.findall(r"\bmake (\w+)", text))
+    targets = set(re.findall(r"(?:^|`)make (\w+)", text, re.MULTILINE))
     assert [target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)] == []

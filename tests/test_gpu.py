@@ -55,6 +55,18 @@ def test_tiny_on_cuda_against_its_reference(picture: np.ndarray, precision: str,
     hk.close()
 
 
+def test_noise_on_cuda_is_that_of_the_original() -> None:
+    import torch
+
+    from cldm.noise import draw_noise
+
+    shape = (2, 4, 32, 48)
+    initial, noise = draw_noise(7, shape, 3, 0.5, "cuda")
+    torch.manual_seed(7)
+    assert torch.equal(initial, torch.randn(shape, device="cuda"))
+    assert noise is not None and all(torch.equal(n, torch.randn(shape, device="cuda")) for n in noise)
+
+
 def test_reference_on_cuda_is_that_of_the_cpu(picture: np.ndarray) -> None:
     """From the same initial latent: the devices draw different noise."""
     import torch

@@ -262,9 +262,10 @@ class Pipeline:
         raise BrokenOutput(self._describe("decode", f"the image is flat: every pixel is {images.flat[0]}"))
 
     def _describe(self, stage: str, what: str) -> str:
+        advice = "the checkpoint may be damaged" if self.build.precision == "fp32" else "try precision fp32"
         return (
             f"stage {stage}: {what} ({self.build.config.name}, {self.about.backend}, {self.build.precision},"
-            f" {self.about.weights}); try --precision fp32, or another checkpoint"
+            f" {self.about.weights}); {advice}"
         )
 
     def close(self) -> None:

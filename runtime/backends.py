@@ -109,6 +109,11 @@ class OnnxRuntimeBackend:
             if not self._export:
                 command = export_command(build, self._weights, self._folder)
                 raise ArtefactError(f"{reason}; make it with: {command}") from reason
+            lacking = [name for name in ("onnx", "polygraphy") if importlib.util.find_spec(name) is None]
+            if lacking:
+                raise BackendError(
+                    f"{reason}, and to export it {', '.join(lacking)} is missing: run bash preprocess.sh"
+                ) from reason
             from deploy.export import export_all
 
             export_all(build, self._weights, self._load, self._folder, report=self._report)

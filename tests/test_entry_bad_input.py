@@ -199,6 +199,14 @@ def test_what_is_left(config: ModelConfig, tmp_path: Path, monkeypatch: pytest.M
     assert (backend.name, backend.device, reason) == ("torch", "cpu", "asked for")
 
 
+def test_export_without_its_packages(config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that was given ONNX Runtime alone is told what it lacks, before any work."""
+    backend, _ = choose_backend("onnxruntime", None, find_weights(config), lambda: pytest.fail("loaded"), tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BackendError, match="was not made.*onnx, polygraphy is missing: run bash preprocess.sh"):
+        backend.sessions(Build(config, 64, 64))
+
+
 @pytest.mark.parametrize(
     ("device", "words"),
     [

@@ -21,6 +21,7 @@ from deploy.tracing import fast_half_convolution
 from ldm.norm import GroupNorm, LayerNorm
 from runtime.pipeline import About, Pipeline
 from runtime.torch_session import TorchSession
+from tests.diffusers_ddim import original_scheduler
 from tests.small_model import small_config
 
 HEIGHT, WIDTH = 64, 128
@@ -133,17 +134,7 @@ def test_graphs_equal_the_reference_everywhere(
 
 def diffusers_loop(model: ControlLDM, request: Request, hint: Any, noises: torch.Tensor) -> np.ndarray:
     """Guided sampling with diffusers' DDIM: the initial latent is noises[0], the steps' noise follows."""
-    from diffusers import DDIMScheduler
-
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-    scheduler.set_timesteps(request.ddim_steps)
+    scheduler = original_scheduler(request.ddim_steps)
     ids, _ = Tokenizer(model.config)([request.conditional_text, request.negative_prompt])
     context = model.encode_text(torch.from_numpy(ids).long())
     scales = [request.strength] * model.config.num_controls

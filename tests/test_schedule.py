@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ldm.schedule import ScheduleConfig, alpha_bars, ddim_alpha_bars, ddim_coefficients, ddim_timesteps
+from tests.diffusers_ddim import original_scheduler
 
 CONFIG = ScheduleConfig()
 
@@ -25,19 +26,8 @@ def alpha_bars_by_hand() -> List[float]:
 def diffusers_scheduler(num_steps: int):
     """diffusers' DDIM with the settings of the original code, its tables replaced by float64 ones."""
     import torch
-    from diffusers import DDIMScheduler
 
-    scheduler = DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        timestep_spacing="leading",
-    )
-    scheduler.set_timesteps(num_steps)
+    scheduler = original_scheduler(num_steps)
     single = scheduler.alphas_cumprod.double().numpy()
     scheduler.alphas_cumprod = torch.tensor(alpha_bars_by_hand(), dtype=torch.float64)
     scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]

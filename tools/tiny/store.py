@@ -1,0 +1,100 @@
+"""Scenes on disk for training: drawn once by all cores, in chunks that a killed run leaves whole."""
+
+from __future__ import annotations
+
+import multiprocessing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import List, Tuple
+
+import numpy as np
+
+from cldm.config import load_config
+from cldm.files import atomic_path, source_digest
+from cldm.image import canny_map
+from cldm.machine import available_cores
+from cldm.tokenizer import Tokenizer
+from tools.tiny.scenes import HEIGHT, SEED, WIDTH, make_scene
+
+CHUNK = 250
+WORDINGS = 6
+CANNY = (100, 200)
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Drawn scenes.
+
+    Attributes
+    ----------
+    images : (N, 256, 384, 3) uint8, RGB
+    edges : (N, 256, 48) uint8
+        Canny maps at 100 / 200, eight pixels a byte, the leftmost in the highest bit (`numpy.packbits`).
+    tokens : (N, WORDINGS, 77) int16
+        Token ids of wordings of the caption; a scene with fewer repeats its own.
+    """
+
+    images: np.ndarray
+    edges: np.ndarray
+    tokens: np.ndarray
+
+
+def code_digest() -> str:
+    """Hash over what decides a chunk's content: the generator's sources and the vocabulary."""
+    own = sorted(Path(__file__).resolve().parent.glob("*.py"))
+    config = load_config("tiny")
+    return source_digest([*own, Path(config.folder) / config.tokenizer / "vocab.json"])
+
+
+def draw_chunk(job: Tuple[str, int, str, int]) -> str:
+    """Draw `CHUNK` scenes from index `first` on and write them to `path`; the path comes back."""
+    path, first, split, seed = job
+    import cv2
+
+    cv2.setNumThreads(1)  # one process a core
+    tokenizer = Tokenizer(load_config("tiny"))
+    scenes = [make_scene(first + i, split, seed=seed) for i in range(CHUNK)]
+    # cv2.Canny takes each pixel's strongest channel, so the order of the channels does not matter.
+    edges = [np.packbits(canny_map(scene.image, HEIGHT, *CANNY) > 0, axis=1) for scene in scenes]
+    texts = [scene.captions[i % len(scene.captions)] for scene in scenes for i in range(WORDINGS)]
+    ids, _ = tokenizer(texts)
+    with atomic_path(Path(path)) as temporary, open(str(temporary), "wb") as file:
+        np.savez(
+            file,
+            images=np.stack([scene.image for scene in scenes]),
+            edges=np.stack(edges),
+            tokens=ids.reshape(CHUNK, WORDINGS, -1).astype(np.int16),
+        )
+    return path
+
+
+def load_scenes(folder: Path, count: int, split: str = "train", seed: int = SEED) -> Scenes:
+    """The first `count` scenes of a split; those that are not under `folder` yet are drawn, with progress.
+
+    Raises
+    ------
+    ValueError
+        `count` is not a positive multiple of `CHUNK`.
+    """
+    from tqdm import tqdm
+
+    if count <= 0 or count % CHUNK:
+        raise ValueError(f"the number of scenes must be a positive multiple of {CHUNK}, got {count}")
+    folder = folder / f"{split}-{seed}-{code_digest()}"
+    paths = [folder / f"{first:07d}.npz" for first in range(0, count, CHUNK)]
+    jobs = [(str(path), i * CHUNK, split, seed) for i, path in enumerate(paths) if not path.is_file()]
+    if jobs:
+        folder.mkdir(parents=True, exist_ok=True)
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(min(available_cores(), len(jobs))) as pool:
+            for _ in tqdm(pool.imap_unordered(draw_chunk, jobs), total=len(jobs), unit="chunk", desc="scenes"):
+                pass
+    images = np.empty((count, HEIGHT, WIDTH, 3), np.uint8)
+    edges: List[np.ndarray] = []
+    tokens: List[np.ndarray] = []
+    for i, path in enumerate(tqdm(paths, unit="chunk", desc="reading")):
+        with np.load(str(path)) as chunk:
+            images[i * CHUNK : (i + 1) * CHUNK] = chunk["images"]
+            edges.append(chunk["edges"])
+            tokens.append(chunk["tokens"])
+    return Scenes(images, np.concatenate(edges), np.concatenate(tokens))

@@ -53,14 +53,53 @@ def contact_sheet(rows: Sequence[SheetRow], label: str = "ours") -> np.ndarray:
         raise ValueError("a contact sheet needs at least one row")
     with_reference = any(row.reference is not None for row in rows)
     titles = ["photo", "edges", *(["reference"] if with_reference else []), label]
-    cells = [_cells(row, with_reference) for row in rows]
-    width = max(cell.shape[1] for line in cells for cell in line)
+    captions = [row.name if row.pd is None else f"{row.name}   PD {row.pd:.2f}" for row in rows]
+    return image_grid(titles, captions, [_cells(row, with_reference) for row in rows])
+
+
+def image_grid(
+    titles: Sequence[str], captions: Sequence[str], rows: Sequence[Sequence[np.ndarray]], cell_width: int = 0
+) -> np.ndarray:
+    """Rows of images under their captions, and one line of titles over the columns.
+
+    Parameters
+    ----------
+    titles : one text a column
+    captions : one text a row
+    rows : for each caption its (h, w, 3) uint8 BGR images
+        All columns are as wide as the widest image, a row as high as its highest.
+    cell_width : int
+        Scale each image to this width; 0 leaves them as they are.
+
+    Returns
+    -------
+    (height, width, 3) uint8 array, BGR
+
+    Raises
+    ------
+    ValueError
+        There is no row, or one that has not as many images as there are titles.
+    """
+    if not rows or any(len(line) != len(titles) for line in rows) or len(rows) != len(captions):
+        raise ValueError(f"a grid needs rows of {len(titles)} images and a caption for each row")
+    if cell_width:
+        rows = [[_to_width(image, cell_width) for image in line] for line in rows]
+    width = max(cell.shape[1] for line in rows for cell in line)
     strips = [_strip([_text(title, width) for title in titles], HEADER, width)]
-    for row, line in zip(rows, cells):
-        caption = row.name if row.pd is None else f"{row.name}   PD {row.pd:.2f}"
+    for caption, line in zip(captions, rows):
         strips.append(_text(caption, strips[0].shape[1]))
         strips.append(_strip(line, max(cell.shape[0] for cell in line), width))
     return np.concatenate(strips, axis=0)
+
+
+def _to_width(image: np.ndarray, width: int) -> np.ndarray:
+    import cv2
+
+    if image.shape[1] == width:
+        return image
+    height = max(1, round(image.shape[0] * width / image.shape[1]))
+    method = cv2.INTER_AREA if width < image.shape[1] else cv2.INTER_CUBIC
+    return cv2.resize(image, (width, height), interpolation=method)
 
 
 def encode_png(sheet: np.ndarray) -> bytes:

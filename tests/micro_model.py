@@ -25,7 +25,7 @@ unet: {model_channels: 16, channel_mult: [1, 2], num_res_blocks: 1, attention_le
        context_dim: 32, norm_groups: 8}
 hint: {channels: [4, 4, 8, 8, 8, 8, 16]}
 autoencoder: {channels: 8, channel_mult: [1, 1, 1, 2], num_res_blocks: 1, scale_factor: 0.18215, norm_groups: 4}
-text: {vocab_size: 1024, width: 32, layers: 1, heads: 2, mlp_width: 64}
+text: {vocab_size: 1280, width: 32, layers: 1, heads: 2, mlp_width: 64}
 """
 
 

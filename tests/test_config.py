@@ -47,8 +47,19 @@ def test_sd15() -> None:
 
 
 def test_tiny(tiny_config: ModelConfig) -> None:
-    assert tiny_config.num_controls == 13 and tiny_config.size_multiple == 64
-    assert tiny_config.text.vocab_size <= 1024 and isinstance(tiny_config.seed, int)
+    """Stable Diffusion's layout and noise, and weights that may lie in the repository."""
+    import torch
+
+    from cldm.model import ControlLDM
+
+    sd15 = load_config("sd15")
+    assert tiny_config.num_controls == sd15.num_controls and tiny_config.size_multiple == sd15.size_multiple
+    assert tiny_config.unet.num_res_blocks == sd15.unet.num_res_blocks
+    assert tiny_config.schedule == sd15.schedule and tiny_config.text.max_length == sd15.text.max_length
+    with torch.device("meta"):
+        size = sum(2 * parameter.numel() for parameter in ControlLDM(tiny_config).parameters())
+    assert size < 16 * 2**20, "in FP16, the names' table not counted"
+    assert isinstance(tiny_config.seed, int)
 
 
 def test_all_shipped_configs_load() -> None:
@@ -85,11 +96,11 @@ def test_digest_is_of_the_networks_alone(values: Dict[str, Any], load: Callable)
     assert digest == load(copy.deepcopy(values)).digest() == load_config("tiny").digest()
     assert load({**values, "name": "other", "checkpoint": ["x.pth"], "tokenizer": "y", "seed": 1}).digest() == digest
     changed = [
-        {"unet": {**values["unet"], "num_res_blocks": 1}},
-        {"hint": {"channels": [8, 8, 16, 16, 32, 32, 48]}},
-        {"autoencoder": {**values["autoencoder"], "scale_factor": 0.2}},
-        {"text": {**values["text"], "layers": 3}},
-        {"schedule": {"linear_end": 0.013}},
+        {"unet": {**values["unet"], "num_res_blocks": values["unet"]["num_res_blocks"] + 1}},
+        {"hint": {"channels": [*values["hint"]["channels"][:-1], values["hint"]["channels"][-1] + 16]}},
+        {"autoencoder": {**values["autoencoder"], "scale_factor": 1.1 * values["autoencoder"]["scale_factor"]}},
+        {"text": {**values["text"], "layers": values["text"]["layers"] + 1}},
+        {"schedule": {"linear_end": 1.1 * load(values).schedule.linear_end}},
     ]
     digests = {load({**values, **change}).digest() for change in changed}
     assert len(digests) == len(changed) and digest not in digests
@@ -119,13 +130,14 @@ def test_not_a_config(content: str, said: str, load: Callable) -> None:
         load(content)
 
 
+# Sizes of the tiny model itself stand as {fields of its config}.
 BAD_VALUES = [
-    ("unet", "context_dim", 64, "unet.context_dim 64 is not text.width 128"),
+    ("unet", "context_dim", 7, "unet.context_dim 7 is not text.width {text.width}"),
     ("unet", "in_channels", 8, "unet.in_channels 8 is not the autoencoder's latent_channels 4"),
     ("unet", "model_channels", 33, "model_channels: 33 is odd"),
-    ("unet", "norm_groups", 24, "unet level 0: channels by norm_groups: 32 is not divisible by 24"),
-    ("unet", "norm_groups", 0, "unet level 0: channels by norm_groups: 32 is not divisible by 0"),
-    ("unet", "num_heads", 5, "unet level 0: channels by num_heads: 32 is not divisible by 5"),
+    ("unet", "norm_groups", 23, "unet level 0: channels by norm_groups: {level_0} is not divisible by 23"),
+    ("unet", "norm_groups", 0, "unet level 0: channels by norm_groups: {level_0} is not divisible by 0"),
+    ("unet", "num_heads", 23, "unet level {attends}: channels by num_heads: {level_attends} is not divisible by 23"),
     ("unet", "attention_levels", [0, 4], "attention_levels: 4 is not one of the 4 levels"),
     ("unet", "attention_levels", [-1], "attention_levels: -1 is not one of the 4 levels"),
     ("unet", "channel_mult", 4, "unet: .*not iterable"),
@@ -134,19 +146,26 @@ BAD_VALUES = [
     ("unet", "head_dim", 8, r"unet: unknown keys \['head_dim'\], missing keys \[\]"),
     ("hint", "channels", [8, 8], r"hint encoder has 7 convolutions before its last, got \(8, 8\)"),
     ("autoencoder", "channel_mult", [1, 2, 4], "hint encoder downsamples by 8, the autoencoder by 4"),
-    ("autoencoder", "norm_groups", 12, "autoencoder: channels by norm_groups: 16 is not divisible by 12"),
+    (
+        *("autoencoder", "norm_groups", 23),
+        "autoencoder: channels by norm_groups: {autoencoder.channels} is not divisible by 23",
+    ),
     ("autoencoder", "scale_factor", 0, "autoencoder.scale_factor: 0 is not positive"),
     ("autoencoder", "scale_factor", float("nan"), "autoencoder.scale_factor: nan is not positive"),
-    ("text", "heads", 3, "text: width by heads: 128 is not divisible by 3"),
+    ("text", "heads", 23, "text: width by heads: {text.width} is not divisible by 23"),
 ]
 
 
 @pytest.mark.parametrize(("section", "key", "value", "said"), BAD_VALUES)
 def test_sizes_that_do_not_fit(
-    section: str, key: str, value: Any, said: str, values: Dict[str, Any], load: Callable
+    section: str, key: str, value: Any, said: str, values: Dict[str, Any], load: Callable, tiny_config: ModelConfig
 ) -> None:
+    unet, attends = tiny_config.unet, min(tiny_config.unet.attention_levels)
+    levels = [unet.model_channels * factor for factor in unet.channel_mult]
+    facts = {name: getattr(tiny_config, name) for name in ("autoencoder", "text")}
+    facts.update(attends=attends, level_0=levels[0], level_attends=levels[attends])
     values[section][key] = value
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=said.format(**facts)):
         load(values)
 
 

@@ -28,10 +28,10 @@ LIGHT = (
 
 
 def sources() -> List[Path]:
-    """Everything that the contest's machine runs."""
+    """Everything that the contest's machine runs, and the tools."""
     files = [ROOT / name for name in ENTRIES]
-    for folder in (*LAYERS, "benchmarks", "tools"):
-        files += sorted((ROOT / folder).glob("*.py"))
+    for folder in (*LAYERS, *OUTER):
+        files += sorted((ROOT / folder).rglob("*.py"))
     return files
 
 

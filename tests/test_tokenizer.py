@@ -18,7 +18,8 @@ import pytest
 
 from cldm.config import MODELS_DIR, ModelConfig, load_config
 from cldm.tokenizer import Tokenizer, TokenizerNotFound
-from tools.build_vocabulary import CONTEST_PROMPTS, built_in_captions, main, train
+from tools.build_vocabulary import CONTEST_PROMPTS, SMALLEST, built_in_captions, main, parse_arguments, train
+from tools.tiny.scenes import all_captions
 
 FOLDER = MODELS_DIR / "tiny_tokenizer"
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -157,7 +158,11 @@ def test_transformers_agrees_with_an_independent_encoder(tokenizer: Tokenizer, v
 
 
 def test_layout_of_the_vocabulary(vocab: Dict[str, int], tiny_config: ModelConfig) -> None:
-    assert 900 < len(vocab) <= 1024 == tiny_config.text.vocab_size
+    size = tiny_config.text.vocab_size
+    assert parse_arguments([]).size == size, "the tool's default is not the model's size"
+    assert SMALLEST == 2 * 256 + 2
+    # Rows of the embedding that no token uses are weights that nothing trains.
+    assert 0.9 * size < len(vocab) <= size
     tokens = sorted(vocab, key=vocab.get)
     assert [vocab[token] for token in tokens] == list(range(len(vocab)))
     # CLIP's own first ids: "!" is 0, "a</w>" is 320.
@@ -171,6 +176,7 @@ def test_layout_of_the_vocabulary(vocab: Dict[str, int], tiny_config: ModelConfi
 
 def test_known_words_are_single_tokens(tokenizer: Tokenizer, vocab: Dict[str, int]) -> None:
     words = {word for text in (CONTEST, *built_in_captions()) for word in split_words(text)}
+    words |= {word for text in all_captions(500, "test") for word in split_words(text)}
     assert len(words) > 150
     broken = [word for word in sorted(words) if f"{word}</w>" not in vocab]
     assert broken == []

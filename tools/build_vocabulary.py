@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Train the tiny model's CLIP-style vocabulary: vocab.json, merges.txt and tokenizer_config.json.
 
-    python3 tools/build_vocabulary.py [--captions captions.txt] [--size 1024] [--output models/tiny_tokenizer]
+    python3 tools/build_vocabulary.py [--captions captions.txt] [--size 1280] [--output models/tiny_tokenizer]
 
-The captions are a UTF-8 file with one to a line; without it a built-in list of short ones is used. The same captions
-always give the same files.
+The captions are a UTF-8 file with one to a line; without it those of the scenes that the model is trained on, and short
+ones with common words that it is not, so that such a word is one token and not pieces of others. The same captions always
+give the same files.
 """
 
 from __future__ import annotations
@@ -106,16 +107,20 @@ STYLES = (
 )
 # How often the contest's prompts stand beside the other captions, so that each of their words becomes one token.
 CONTEST_WEIGHT = 100
+CAPTIONED_SCENES = 2000
 
 Symbols = Tuple[str, ...]
 Pair = Tuple[str, str]
 
 
 def built_in_captions() -> List[str]:
-    """Short captions of birds and other things in all combinations of colour and place, and the contest's prompts."""
+    """Captions of scenes, short ones of other things in all combinations of colour and place, the contest's prompts."""
+    from tools.tiny.scenes import all_captions
+
     birds, colours = BIRDS.split(), COLOURS.split()
     subjects = birds + OBJECTS.split()
     captions = list(CONTEST_PROMPTS) * CONTEST_WEIGHT
+    captions += all_captions(CAPTIONED_SCENES)
     captions += [f"{bird}, {quality}" for bird, quality in itertools.product(birds, QUALITIES)]
     captions += [f"a {colour} {subject}" for colour, subject in itertools.product(colours, subjects)]
     captions += [f"a {subject} {place}" for subject, place in itertools.product(subjects, PLACES)]
@@ -229,8 +234,10 @@ def write_tokenizer(folder: Path, merges: Sequence[Pair]) -> None:
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the tiny model's vocabulary.")
-    parser.add_argument("--captions", type=Path, help="UTF-8 file, one caption a line; default: the built-in list")
-    parser.add_argument("--size", type=int, default=1024, help="most tokens the vocabulary may have (default 1024)")
+    parser.add_argument(
+        "--captions", type=Path, help="UTF-8 file, one caption a line; default: the scenes' and the built-in ones"
+    )
+    parser.add_argument("--size", type=int, default=1280, help="most tokens the vocabulary may have (default 1280)")
     parser.add_argument("--output", type=Path, default=ROOT / "models" / "tiny_tokenizer", help="folder to write to")
     args = parser.parse_args(argv)
     if args.size < SMALLEST:

@@ -50,7 +50,7 @@ def _plain(canvas: Canvas, chance: Chance, backdrop: Backdrop, paint: Paint) -> 
 
 
 def _gradient(canvas: Canvas, chance: Chance, backdrop: Backdrop, paint: Paint) -> None:
-    other = paint.paler(0.5) if chance.yes(0.5) else paint.darker(0.72)
+    other = paint.paler(0.5 if paint.value > 0.2 else 0.12) if chance.yes(0.5) else paint.darker(0.72)
     angle = chance.between(0, 2 * math.pi)
     x = np.linspace(-0.7, 0.7, canvas.width, dtype=np.float32)[None, :]
     y = np.linspace(-0.5, 0.5, canvas.height, dtype=np.float32)[:, None]

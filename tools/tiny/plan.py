@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Dict, List, Optional, Tuple
 
 from tools.tiny.chance import Chance
@@ -164,7 +164,7 @@ def plan_scene(index: int, split: str, colour: Optional[str], seed: int) -> Plan
         index=index,
         split=split,
         seed=seed,
-        main=_coloured(main, colour or _main_colour(Chance(seed, split, index, "colour"), kind, taken)),
+        main=replace(main, colour=colour or _main_colour(Chance(seed, split, index, "colour"), kind, taken)),
         backdrop=backdrop,
         others=others,
         support=support,
@@ -172,10 +172,6 @@ def plan_scene(index: int, split: str, colour: Optional[str], seed: int) -> Plan
         second=second,
         third=third,
     )
-
-
-def _coloured(thing: Thing, colour: str) -> Thing:
-    return Thing(**{**thing.__dict__, "colour": colour})
 
 
 def _main_colour(chance: Chance, kind: str, taken: set) -> str:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import nn
 
 from cldm.checkpoint import load_model
-from cldm.config import ModelConfig
+from cldm.config import ModelConfig, load_config
 from cldm.image import canny_map
 from cldm.model import ControlLDM
 from cldm.tokenizer import Tokenizer
@@ -145,7 +145,7 @@ def test_step_noises_the_latent_and_weighs_its_error() -> None:
 
     table = torch.from_numpy(alpha_bars(schedule)).float()
     empty = torch.zeros(77, dtype=torch.int16)
-    step = DiffusionStep(predict, predict, latents, empty, 0.5, table, 400, True, False)
+    step = DiffusionStep(predict, latents, empty, 0.5, table, 400, True, False)
     figures = step(torch.Generator().manual_seed(0), 0)
     x, t, tokens, edges, keep = (value.detach().double().numpy() for value in seen[0])
     dropped = (tokens == 0).all(axis=1)
@@ -177,7 +177,7 @@ def test_latents_are_drawn_from_the_posterior() -> None:
         make_latents(), mean=torch.zeros(2, 6, 4, 4, 8).half(), deviation=torch.full((2, 6, 4, 4, 8), 3.0).half()
     )
     table = torch.from_numpy(alpha_bars(small_config().schedule)).float()
-    step = DiffusionStep(lambda *a: a[0], lambda *a: a[0], latents, torch.zeros(77), 0.5, table, 300, False, False)
+    step = DiffusionStep(lambda *a: a[0], latents, torch.zeros(77), 0.5, table, 300, False, False)
     picks = torch.zeros(300, dtype=torch.long)
     clean = step._clean(picks, picks > 0, torch.Generator().manual_seed(0))
     assert float(clean.std()) == pytest.approx(1.5, rel=0.02) and abs(float(clean.mean())) < 0.03
@@ -289,6 +289,38 @@ def test_state_of_another_model_is_refused(tmp_path: Path) -> None:
         Trainer("toy", {"other": nn.Linear(1, 1)}, settings, tmp_path, 7, "cpu")
 
 
+def spoiled(step: training.Step, factor: float, layer: nn.Linear) -> training.Step:
+    def spoil(generator: torch.Generator, number: int) -> Dict[str, torch.Tensor]:
+        figures = step(generator, number)
+        assert layer.weight.grad is not None
+        layer.weight.grad.mul_(factor)
+        return figures
+
+    return spoil
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.3, float("nan")])
+def test_step_with_wrong_gradients_is_passed_over(
+    factor: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 2)
+    before = layer.weight.detach().clone()
+    trainer = Trainer("toy", {"layer": layer}, StageSettings(10, 1, 0.1), tmp_path, 7, "cpu")
+
+    def step(generator: torch.Generator, number: int) -> Dict[str, torch.Tensor]:
+        layer(torch.randn(4, 3, generator=generator)).square().mean().backward()
+        return {}
+
+    bad = spoiled(step, factor, layer)
+    assert training.choose_step(step, {"fast": bad, "plain": step}, trainer) is step
+    assert "toy: fast gradients off by" in caplog.text and "toy: plain gradients off by 0.0 %" in caplog.text
+    assert torch.equal(layer.weight, before) and layer.weight.grad is None
+    with pytest.raises(RuntimeError, match="no way to run a step gives the gradients of FP32"):
+        training.choose_step(step, {"fast": bad}, trainer)
+
+
 # --- Scenes on disk ---
 
 
@@ -306,6 +338,31 @@ def test_chunk_holds_scenes_edges_and_tokens(
             assert np.array_equal(np.unpackbits(chunk["edges"][i], axis=1) * 255, edges)
             ids, _ = tokenizer([scene.captions[k % len(scene.captions)] for k in range(store.WORDINGS)])
             assert np.array_equal(chunk["tokens"][i], ids)
+
+
+def test_scenes_that_are_others_are_noticed() -> None:
+    scenes = [make_scene(i, "train") for i in range(2)]
+    edges = np.stack([np.packbits(canny_map(scene.image, 256, 100, 200) > 0, axis=1) for scene in scenes])
+    tokens = np.stack([Tokenizer(load_config("tiny"))([s.captions[0]] * 6)[0] for s in scenes]).astype(np.int16)
+    stored = Scenes(np.stack([s.image for s in scenes]), edges, tokens)
+    images = torch.from_numpy(stored.images)
+    store.check_scenes(stored, images, 2)
+    for other in (dataclasses.replace(stored, edges=edges[::-1]), dataclasses.replace(stored, tokens=tokens[::-1])):
+        with pytest.raises(RuntimeError, match="scene 0 as loaded is not scene 0"):
+            store.check_scenes(other, images, 2)
+    with pytest.raises(RuntimeError, match="equal: .False, True, True."):
+        store.check_scenes(stored, images.flip(0), 2)
+
+
+def test_latents_of_other_pictures_are_noticed() -> None:
+    autoencoder = random_model().first_stage_model
+    images = pictures(3)
+    scenes = Scenes(images.numpy(), np.zeros((3, 32, 8), np.uint8), np.zeros((3, 6, 77), np.int16))
+    latents = train_diffusion.encode_scenes(autoencoder, images, scenes, amp=False, batch=2)
+    train_diffusion.check_latents(latents, autoencoder, scenes, 3)
+    swapped = dataclasses.replace(latents, mean=latents.mean.flip(0))
+    with pytest.raises(RuntimeError, match="the latent of scene 0, side 0, is off by"):
+        train_diffusion.check_latents(swapped, autoencoder, scenes, 3)
 
 
 def test_number_of_scenes_is_checked(tmp_path: Path) -> None:
@@ -332,6 +389,7 @@ def test_command_trains_all_stages_and_goes_on_where_it_was_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_config: ModelConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(store, "load_scenes", fake_scenes)
+    monkeypatch.setattr(store, "check_scenes", lambda *_: None)  # its words are not the scenes'
     caplog.set_level(logging.INFO)
     assert train_tiny.main(few_steps(tmp_path, "--stages", "autoencoder")) == 0
     assert train_tiny.main(few_steps(tmp_path, "--stop-after", "0")) == 3
@@ -349,6 +407,7 @@ def test_command_refuses_results_of_another_configuration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     monkeypatch.setattr(store, "load_scenes", fake_scenes)
+    monkeypatch.setattr(store, "check_scenes", lambda *_: None)
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(1)}, str(tmp_path / "autoencoder.safetensors"), metadata={"model": "other"})

@@ -16,7 +16,7 @@ import logging
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -40,8 +40,8 @@ def parse_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument("--lock-unet", action="store_true", help="train the ControlNet alone, as its paper does")
     for stage, (steps, batch, rate) in {
         "autoencoder": (4_500, 48, 1e-3),
-        "unet": (13_000, 256, 8e-4),
-        "control": (14_000, 256, 6e-4),
+        "unet": (6_000, 512, 1e-3),
+        "control": (7_000, 256, 8e-4),
     }.items():
         parser.add_argument(f"--{stage}-steps", type=int, default=steps, help="default %(default)s")
         parser.add_argument(f"--{stage}-batch", type=int, default=batch, help="default %(default)s")
@@ -63,14 +63,13 @@ class Run:
         from cldm.config import load_config
         from cldm.model import ControlLDM
         from cldm.tokenizer import Tokenizer
-        from tools.tiny.store import load_scenes
+        from tools.tiny.store import check_scenes, load_scenes
 
         self.args = args
         self.stop_at = time.monotonic() + args.stop_after
         self.config = load_config("tiny")
         self.amp = args.device.startswith("cuda")
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
         torch.manual_seed(args.seed)
         self.model = ControlLDM(self.config).requires_grad_(False)
         self.model.to(args.device, memory_format=torch.channels_last)
@@ -79,6 +78,7 @@ class Run:
         self.scenes = load_scenes(args.folder / "scenes", args.scenes)
         self.held_out = load_scenes(args.folder / "scenes", HELD_OUT, split="test")
         self.images = torch.from_numpy(self.scenes.images).to(args.device)
+        check_scenes(self.scenes, self.images)
         self._latents: Any = None
 
     def result(self, stage: str) -> Path:
@@ -90,12 +90,18 @@ class Run:
         steps, batch, rate = (getattr(self.args, f"{stage}_{what}") for what in ("steps", "batch", "rate"))
         return StageSettings(steps, batch, rate, warmup=min(300, max(1, steps // 10)))
 
+    def candidates(self, make: Callable[[bool, bool], Any]) -> Dict[str, Any]:
+        """Ways to run a stage's step, the fastest first."""
+        ways = {} if self.args.no_compile else {"compiled": make(True, self.amp)}
+        return {**ways, "eager": make(False, self.amp)}
+
     def latents(self) -> Any:
         """Posteriors of the training scenes under the finished autoencoder."""
-        from tools.tiny.train_diffusion import encode_scenes
+        from tools.tiny.train_diffusion import check_latents, encode_scenes
 
         if self._latents is None:
             self._latents = encode_scenes(self.model.first_stage_model, self.images, self.scenes, self.amp)
+            check_latents(self._latents, self.model.first_stage_model, self.scenes)
             self.images = self.images[:1]  # the pictures themselves are no longer wanted
         return self._latents
 
@@ -137,15 +143,22 @@ def train_autoencoder(run: Run) -> None:
     import torch
 
     from tools.tiny import train_autoencoder as stage
-    from tools.tiny.training import Trainer
+    from tools.tiny.training import Trainer, choose_step
 
     autoencoder = run.model.first_stage_model.requires_grad_(True)
     settings = run.settings("autoencoder")
-    step = stage.make_step(autoencoder, run.images, settings.batch, settings.steps, not run.args.no_compile, run.amp)
+
+    def make(compiled: bool, amp: bool) -> Any:
+        return stage.make_step(autoencoder, run.images, settings.batch, settings.steps, compiled, amp)
+
     modules = {"first_stage_model": autoencoder}
-    extra = {"critic": step.critic, "critic_optimizer": step.critic_optimizer}
+    plain = make(False, False)
+    extra = {"critic": plain.critic, "critic_optimizer": plain.critic_optimizer}
     trainer = Trainer("autoencoder", modules, settings, run.args.folder, run.args.seed, run.args.device, extra)
-    stage.train(trainer, step, run.stop_at)
+    step = choose_step(plain, run.candidates(make), trainer)
+    step.critic, step.critic_optimizer = plain.critic, plain.critic_optimizer
+    trainer.run(step, run.stop_at)
+    trainer.use_average()
     shift, ratio = stage.standardise_latents(autoencoder, run.images[:2000])
     run.finish("autoencoder", modules)
     held_out = torch.from_numpy(run.held_out.images).to(run.args.device)
@@ -162,7 +175,7 @@ def train_diffusion(run: Run, control: bool) -> None:
     import torch
 
     from tools.tiny import train_diffusion as stage
-    from tools.tiny.training import Trainer
+    from tools.tiny.training import Trainer, choose_step
 
     name = "control" if control else "unet"
     if control:
@@ -173,17 +186,19 @@ def train_diffusion(run: Run, control: bool) -> None:
     modules = stage.trained_modules(run.model, control, run.args.lock_unet)
     stage.freeze(run.model, modules)
     settings = run.settings(name)
-    step = stage.make_step(
-        run.model, run.latents(), run.empty, settings.batch, control, not run.args.no_compile, run.amp
-    )
+    latents = run.latents()
+
+    def make(compiled: bool, amp: bool) -> Any:
+        return stage.make_step(run.model, latents, run.empty, settings.batch, control, compiled, amp)
+
     trainer = Trainer(name, modules, settings, run.args.folder, run.args.seed, run.args.device)
-    trainer.run(step, run.stop_at)
+    trainer.run(choose_step(make(False, False), run.candidates(make), trainer), run.stop_at)
     trainer.use_average()
     run.finish(name, modules)
     images = torch.from_numpy(run.held_out.images).to(run.args.device)
     held_out = stage.encode_scenes(run.model.first_stage_model, images, run.held_out, run.amp)
     for with_control in (True, False) if control else (False,):
-        errors = stage.validate(step, held_out, with_control)
+        errors = stage.validate(make(False, False), held_out, with_control)
         how = "with" if with_control else "without"
         log.info("%s: held-out error of the noise %s control, by timestep: %s", name, how, json.dumps(errors))
     log.info("%s: %.0f s", name, trainer.seconds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import List, Tuple
+from typing import Any, List, Tuple
 
 import numpy as np
 
@@ -98,3 +98,30 @@ def load_scenes(folder: Path, count: int, split: str = "train", seed: int = SEED
             edges.append(chunk["edges"])
             tokens.append(chunk["tokens"])
     return Scenes(images, np.concatenate(edges), np.concatenate(tokens))
+
+
+def check_scenes(scenes: Scenes, images: Any, count: int = 16) -> None:
+    """Draw some scenes of the train split again and compare them with what was loaded.
+
+    Parameters
+    ----------
+    images : (N, 256, 384, 3) uint8 tensor
+        The pictures as they lie on the device.
+
+    Raises
+    ------
+    RuntimeError
+        A picture, its edges or its words are another scene's.
+    """
+    tokenizer = Tokenizer(load_config("tiny"))
+    for index in np.linspace(0, len(scenes.images) - 1, count).astype(int).tolist():
+        scene = make_scene(index, "train")
+        edges = np.packbits(canny_map(scene.image, HEIGHT, *CANNY) > 0, axis=1)
+        ids, _ = tokenizer([scene.captions[0]])
+        same = (
+            np.array_equal(images[index].cpu().numpy(), scene.image),
+            np.array_equal(scenes.edges[index], edges),
+            np.array_equal(scenes.tokens[index, 0], ids[0]),
+        )
+        if not all(same):
+            raise RuntimeError(f"scene {index} as loaded is not scene {index}: picture, edges, words equal: {same}")

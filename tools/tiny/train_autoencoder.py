@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from ldm.autoencoder import AutoencoderKL
-from tools.tiny.training import Trainer
 
 KL_WEIGHT = 3e-4
 GRADIENT_WEIGHT = 1.0
@@ -187,9 +186,3 @@ def psnr(autoencoder: AutoencoderKL, images: torch.Tensor, batch: int = 50) -> f
         error = ((y - x) * 127.5).round().square().mean(dim=(1, 2, 3))
         values.append(10.0 * torch.log10(255.0**2 / error.clamp_min(1e-6)))
     return float(torch.cat(values).mean())
-
-
-def train(trainer: Trainer, step: AutoencoderStep, stop_at: float) -> None:
-    """Run the stage to its end; the average is then in the modules."""
-    trainer.run(step, stop_at)
-    trainer.use_average()

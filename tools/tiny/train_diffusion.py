@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Callable, Dict, List, Optional, Tuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -64,6 +65,25 @@ def encode_scenes(
     return Latents(torch.stack(means), torch.stack(deviations), edges, tokens)
 
 
+@torch.no_grad()
+def check_latents(latents: Latents, autoencoder: AutoencoderKL, scenes: Scenes, count: int = 16) -> None:
+    """Encode some scenes again, one by one in FP32, and compare.
+
+    Raises
+    ------
+    RuntimeError
+        A latent is not its picture's.
+    """
+    device = latents.mean.device
+    for index in np.linspace(0, len(scenes.images) - 1, count).astype(int).tolist():
+        x = to_images(torch.from_numpy(scenes.images[index : index + 1]).to(device))
+        for side, image in enumerate((x, x.flip(3))):
+            wanted = autoencoder.encode(image)[0][0]
+            error = float((latents.mean[side, index].float() - wanted).norm() / wanted.norm())
+            if not error < 0.1:
+                raise RuntimeError(f"the latent of scene {index}, side {side}, is off by {100 * error:.0f} %")
+
+
 def unpack_edges(packed: torch.Tensor) -> torch.Tensor:
     """(B, H, W / 8) bits, the highest first, to (B, 1, H, W) edges in {0, 1}, float32."""
     shifts = torch.arange(7, -1, -1, device=packed.device, dtype=torch.uint8)
@@ -112,14 +132,11 @@ class DiffusionStep:
     ----------
     predict : callable
         (x, t, tokens, edges, keep) to noise, or without the last two where no ControlNet is trained.
-    eager : callable
-        The same, not compiled.
     empty : (77,) int16
         Tokens of the empty text, which stands in for a dropped caption.
     """
 
     predict: Predict
-    eager: Predict
     latents: Latents
     empty: torch.Tensor
     scale: float
@@ -172,30 +189,26 @@ def make_step(
 ) -> DiffusionStep:
     """The step of the UNet's stage, or with `control` of the ControlNet's."""
 
-    def plain(x: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        return model.unet(x, t, model.encode_text(tokens))
+    def plain(x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        return model.unet(x, t, context)
 
     def controlled(
-        x: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor, edges: torch.Tensor, keep: torch.Tensor
+        x: torch.Tensor, t: torch.Tensor, context: torch.Tensor, edges: torch.Tensor, keep: torch.Tensor
     ) -> torch.Tensor:
-        context = model.encode_text(tokens)
         controls: List[torch.Tensor] = model.control_model(x, t, context, edges.expand(-1, 3, -1, -1))
         weight = keep[:, None, None, None]
         return model.unet(x, t, context, [c * weight for c in controls])
 
-    predict: Predict = controlled if control else plain
+    networks: Callable[..., torch.Tensor] = controlled if control else plain
+    if compiled:
+        networks = torch.compile(networks)
+
+    def predict(x: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor, *control_inputs: torch.Tensor) -> torch.Tensor:
+        # The text encoder is a small part of the work and is left as it is.
+        return networks(x, t, model.encode_text(tokens), *control_inputs)
+
     table = torch.from_numpy(alpha_bars(model.config.schedule)).float().to(latents.edges.device)
-    return DiffusionStep(
-        torch.compile(predict) if compiled else predict,
-        predict,
-        latents,
-        empty,
-        model.config.autoencoder.scale_factor,
-        table,
-        batch,
-        control,
-        amp,
-    )
+    return DiffusionStep(predict, latents, empty, model.config.autoencoder.scale_factor, table, batch, control, amp)
 
 
 def trained_modules(model: ControlLDM, control: bool, locked: bool) -> Dict[str, nn.Module]:
@@ -218,7 +231,10 @@ def freeze(model: ControlLDM, but: Optional[Dict[str, nn.Module]] = None) -> Non
 
 @torch.no_grad()
 def validate(step: DiffusionStep, held_out: Latents, with_control: bool, count: int = 256) -> Dict[int, float]:
-    """Mean squared error of the noise on held-out scenes at a few timesteps, with fixed noise and captions."""
+    """Mean squared error of the noise on held-out scenes at a few timesteps, with fixed noise and captions.
+
+    `step` must not be compiled: the batch is another than in training.
+    """
     device = step.alpha_bar.device
     count = min(count, len(held_out.edges))
     errors = {}
@@ -237,6 +253,6 @@ def validate(step: DiffusionStep, held_out: Latents, with_control: bool, count: 
             keep = torch.full((count,), float(with_control), device=device)
             inputs += (unpack_edges(held_out.edges[:count]), keep)
         with torch.autocast(device.type, torch.bfloat16, enabled=step.amp):
-            predicted = step.eager(*inputs)
+            predicted = step.predict(*inputs)
         errors[t] = float((predicted.float() - noise).square().mean())
     return errors

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cldm.files import atomic_path
 
@@ -164,7 +166,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             figures = backward(self.generator, self.step)
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            figures["gradient"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             decay = min(self.settings.ema, (1 + self.step) / (10 + self.step))
@@ -198,6 +200,79 @@ class Trainer:
             for parameter, value in zip(self.parameters.values(), self.average):
                 parameter.copy_(value)
                 parameter.requires_grad_(False)
+
+
+Step = Callable[[torch.Generator, int], Dict[str, torch.Tensor]]
+
+# How far a BF16 gradient may be from the FP32 one, as a share of its norm: of all parameters together, and of each
+# that carries at least a hundredth of the norm. BF16 itself costs 1 to 8 %.
+WHOLE_TOLERANCE = 0.1
+SINGLE_TOLERANCE = 0.5
+
+
+def gradients(step: Step, trainer: Trainer) -> Dict[str, torch.Tensor]:
+    """The gradients that a step leaves at the present weights; none are left behind."""
+    trainer.generator.manual_seed(seed_for("gradients", trainer.name))
+    step(trainer.generator, 0)
+    found = {name: p.grad.float() for name, p in trainer.parameters.items() if p.grad is not None}
+    for parameter in trainer.parameters.values():
+        parameter.grad = None
+    return found
+
+
+def gradient_error(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> Tuple[float, float, str]:
+    """Relative error of all gradients, the largest of a single parameter that matters, and that parameter's name."""
+    total = float(torch.stack([g.square().sum() for g in wanted.values()]).sum().sqrt())
+    worst, name = 0.0, ""
+    square = 0.0
+    for key, value in wanted.items():
+        difference, norm = float((found[key] - value).norm()), max(float(value.norm()), 0.01 * total)
+        if not math.isfinite(difference):
+            return math.inf, math.inf, key
+        square += difference**2
+        if difference > worst * norm:
+            worst, name = difference / norm, key
+    return square**0.5 / total, worst, name
+
+
+def choose_step(reference: Step, candidates: Mapping[str, Step], trainer: Trainer) -> Step:
+    """The first candidate whose gradients are those of the FP32 reference.
+
+    A compiler's mistake in one backward kernel does not stop a training: it spoils it, unseen, under a loss that
+    falls. The comparison is made at weights moved away from their start, where zeroed layers would hide what is
+    behind them; the weights are put back.
+
+    Raises
+    ------
+    RuntimeError
+        No candidate is within the tolerances.
+    """
+    parameters = list(trainer.parameters.values())
+    before = [p.detach().clone() for p in parameters]
+    generator = torch.Generator(device=parameters[0].device).manual_seed(seed_for("moved"))
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(0.03 * torch.randn(p.shape, generator=generator, device=p.device))
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            wanted = gradients(reference, trainer)
+        for name, step in candidates.items():
+            whole, single, where = gradient_error(gradients(step, trainer), wanted)
+            log.info(
+                "%s: %s gradients off by %.1f %%, by %.1f %% in %s",
+                trainer.name,
+                name,
+                100 * whole,
+                100 * single,
+                where,
+            )
+            if whole <= WHOLE_TOLERANCE and single <= SINGLE_TOLERANCE:
+                return step
+    finally:
+        with torch.no_grad():
+            for p, value in zip(parameters, before):
+                p.copy_(value)
+    raise RuntimeError(f"{trainer.name}: no way to run a step gives the gradients of FP32; see the lines above")
 
 
 def round_to_half(modules: List[nn.Module]) -> None:

@@ -16,7 +16,7 @@ from deploy.export import export_all
 from deploy.spec import Build
 
 SIZE = 64
-YAML = """
+_YAML = """
 name: micro
 checkpoint: [micro.safetensors]
 seed: 7
@@ -25,8 +25,13 @@ unet: {model_channels: 16, channel_mult: [1, 2], num_res_blocks: 1, attention_le
        context_dim: 32, norm_groups: 8}
 hint: {channels: [4, 4, 8, 8, 8, 8, 16]}
 autoencoder: {channels: 8, channel_mult: [1, 1, 1, 2], num_res_blocks: 1, scale_factor: 0.18215, norm_groups: 4}
-text: {vocab_size: 1280, width: 32, layers: 1, heads: 2, mlp_width: 64}
+text: {vocab_size: TINY, width: 32, layers: 1, heads: 2, mlp_width: 64}
 """
+
+
+def micro_text() -> str:
+    """The config file's content; as wide as the tiny model for the same vocabulary."""
+    return _YAML.replace("TINY", str(load_config("tiny").text.vocab_size))
 
 
 def write_micro(folder: Path) -> Path:
@@ -34,7 +39,7 @@ def write_micro(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copytree(MODELS_DIR / "tiny_tokenizer", folder / "vocabulary")
     path = folder / "micro.yaml"
-    path.write_text(YAML, encoding="utf-8")
+    path.write_text(micro_text(), encoding="utf-8")
     return path
 
 

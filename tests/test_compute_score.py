@@ -17,6 +17,8 @@ import pytest
 
 import compute_score
 import environment
+from cldm.config import load_config
+from cldm.weights import find_weights
 from scoring import backbones, pictures
 from tests.scoring_fakes import FakePipeline, write_pictures
 
@@ -238,6 +240,7 @@ def test_main_job_on_the_tiny_model(tmp_path):
 
     (picture,), (again,) = first["pictures"], second["pictures"]
     assert picture["receipt"]["backend"] == "onnxruntime" and picture["receipt"]["evaluations"] == 2
+    assert picture["receipt"]["weights"] == str(find_weights(load_config("tiny"))) in text
     assert (picture["receipt"]["width"], picture["receipt"]["height"]) == (384, 256)
     values = picture["values"]
     assert 0 < values["latent_relative_error"] < 1e-4

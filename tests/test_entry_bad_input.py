@@ -23,7 +23,7 @@ from deploy.manifest import ArtefactError, check_artefact, identity
 from deploy.spec import Build, graph_specs
 from runtime.backends import BackendError, choose_backend
 from runtime.pipeline import BrokenOutput
-from tests.micro_model import SIZE, YAML, shared_build, shared_config, state_of
+from tests.micro_model import SIZE, micro_text, shared_build, shared_config, state_of
 
 ARGUMENTS: Dict[str, Any] = {
     "prompt": "a bird",
@@ -173,7 +173,7 @@ def test_arguments_win_over_the_environment(
 
 def test_missing_vocabulary(config: ModelConfig, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """An error, but for random weights, to which all words are alike."""
-    (tmp_path / "micro.yaml").write_text(YAML)
+    (tmp_path / "micro.yaml").write_text(micro_text())
     arguments = options(config, model=str(tmp_path / "micro.yaml"), build_dir=str(tmp_path))
     engine = hackathon()
     engine.initialize(**arguments)

@@ -12,6 +12,7 @@ from canny2image_TRT import hackathon
 from cldm.config import load_config
 from cldm.request import Request
 from cldm.weights import find_weights
+from scoring.pictures import OWN_FOLDER
 
 pytestmark = pytest.mark.gpu
 
@@ -20,9 +21,10 @@ REQUEST = Request("a bird", "best quality", "lowres", ddim_steps=20, seed=294690
 
 @pytest.fixture(scope="module")
 def picture() -> np.ndarray:
-    rng = np.random.default_rng(3)
-    coarse = rng.integers(0, 2, (8, 12, 3), dtype=np.uint8) * 200
-    return coarse.repeat(32, axis=0).repeat(32, axis=1)
+    """A photograph, as the score has them."""
+    import cv2
+
+    return cv2.imread(str(OWN_FOLDER / "eagle.jpg"))
 
 
 def relative(found: np.ndarray, wanted: np.ndarray) -> float:

@@ -1,4 +1,7 @@
-"""The contest's class on a small model: every argument counts, nothing else does."""
+"""The contest's class on a small model: every argument counts, nothing else does.
+
+Its weights are random, so that what an argument changes in the picture is for tests/test_tiny_model.py to say.
+"""
 
 from __future__ import annotations
 
@@ -117,7 +120,8 @@ def test_same_arguments_give_bit_equal_images(engine: hackathon, picture: np.nda
 def test_every_argument_counts(engine: hackathon, picture: np.ndarray, change: Dict[str, Any]) -> None:
     before = process(engine, picture)[0].astype(int)
     after = process(engine, picture, **change)[0].astype(int)
-    assert np.abs(after - before).max() > 0
+    # To random weights a few edges more or less are next to nothing.
+    assert np.abs(after - before).mean() > (0 if "high_threshold" in change else 2)
 
 
 def test_resolution_sets_the_size(engine: hackathon, picture: np.ndarray) -> None:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import unicodedata
+from collections import Counter
 from pathlib import Path
 from typing import Dict, List, Tuple
 
@@ -19,6 +20,8 @@ import pytest
 from cldm.config import MODELS_DIR, ModelConfig, load_config
 from cldm.tokenizer import Tokenizer, TokenizerNotFound
 from tools.build_vocabulary import CONTEST_PROMPTS, SMALLEST, built_in_captions, main, parse_arguments, train
+from tools.tiny.palette import WORDS
+from tools.tiny.plan import KIND_WEIGHTS
 from tools.tiny.scenes import all_captions
 
 FOLDER = MODELS_DIR / "tiny_tokenizer"
@@ -175,11 +178,14 @@ def test_layout_of_the_vocabulary(vocab: Dict[str, int], tiny_config: ModelConfi
 
 
 def test_known_words_are_single_tokens(tokenizer: Tokenizer, vocab: Dict[str, int]) -> None:
-    words = {word for text in (CONTEST, *built_in_captions()) for word in split_words(text)}
-    words |= {word for text in all_captions(500, "test") for word in split_words(text)}
-    assert len(words) > 150
-    broken = [word for word in sorted(words) if f"{word}</w>" not in vocab]
-    assert broken == []
+    counts = Counter(word for text in built_in_captions() for word in split_words(text))
+    held_out = {word for text in all_captions(500, "test") for word in split_words(text)}
+    assert len(counts) > 150 and held_out <= set(counts)
+    # A full vocabulary leaves the rarest words in pieces; nothing that the model has to know is among them.
+    broken = {word: count for word, count in counts.items() if f"{word}</w>" not in vocab}
+    assert all(count <= 5 for count in broken.values()) and len(broken) <= 5, broken
+    kinds = {word for kind in KIND_WEIGHTS for word in split_words(kind)}
+    assert not (kinds | set(WORDS) | set(split_words(CONTEST))) & set(broken)
     ids, _ = tokenizer(["bird"])
     assert ids[0, :3].tolist() == [vocab[START], vocab["bird</w>"], vocab[END]]
 

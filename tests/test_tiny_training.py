@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -60,6 +61,31 @@ def test_gradient_loss_is_the_mean_difference_of_differences() -> None:
     assert float(got) == pytest.approx(wanted, rel=1e-12)
 
 
+def test_edge_strength_is_what_canny_thresholds() -> None:
+    rng = np.random.default_rng(3)
+    image = rng.integers(0, 256, (2, 16, 24, 3), dtype=np.uint8)
+    got = train_autoencoder.sobel_strength(train_autoencoder.to_images(torch.from_numpy(image))).numpy() * 127.5
+    for picture, strength in zip(image, got):
+        dx = cv2.Sobel(picture, cv2.CV_32F, 1, 0, borderType=cv2.BORDER_REPLICATE)
+        dy = cv2.Sobel(picture, cv2.CV_32F, 0, 1, borderType=cv2.BORDER_REPLICATE)
+        assert np.abs((np.abs(dx) + np.abs(dy)).max(axis=2) - strength).max() < 1e-2
+
+
+def test_edge_loss_is_zero_for_strong_edges_and_grows_as_they_fade() -> None:
+    target = -torch.ones(1, 3, 16, 16)
+    target[..., 8:] = 1.0
+    edges = torch.zeros(1, 16, 16)
+    edges[:, :, 8] = 1.0
+    losses = [float(train_autoencoder.edge_loss(contrast * target, target, edges)) for contrast in (1.0, 0.9, 0.5, 0.0)]
+    assert losses == pytest.approx([0.0, 0.8, 4.0, 8.0], abs=1e-5)
+    moved = target.roll(1, 3)
+    assert float(train_autoencoder.edge_loss(moved, target, edges)) == pytest.approx(0.0, abs=1e-6)
+    faint = 0.1 * target  # an edge below Canny's threshold in the target is asked for at the threshold and its margin
+    wanted = train_autoencoder.EDGE_STRENGTH - 0.8
+    assert float(train_autoencoder.edge_loss(faint, faint, edges)) == pytest.approx(wanted, abs=1e-5)
+    assert float(train_autoencoder.edge_loss(faint, target, torch.zeros_like(edges))) == 0.0
+
+
 def test_kl_divergence_is_that_of_normal_distributions() -> None:
     generator = torch.Generator().manual_seed(1)
     mean, log_variance = torch.randn(2, 3, 4, generator=generator), torch.randn(2, 3, 4, generator=generator)
@@ -71,7 +97,8 @@ def test_kl_divergence_is_that_of_normal_distributions() -> None:
 
 def test_critic_gradient_has_its_share_and_leads_towards_higher_scores() -> None:
     model = random_model()
-    step = train_autoencoder.make_step(model.first_stage_model, pictures(4), 2, 4, compiled=False, amp=False)
+    edges = torch.zeros(4, 32, 8, dtype=torch.uint8)
+    step = train_autoencoder.make_step(model.first_stage_model, pictures(4), edges, 2, 4, compiled=False, amp=False)
     image = torch.randn(2, 3, 32, 64, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
     reconstruction = torch.ones_like(image)
     gradient = step._critic_gradient(image, reconstruction)
@@ -130,7 +157,7 @@ def make_latents(count: int = 6, deviation: float = 0.0) -> Latents:
 def test_unpacked_edges_are_numpys() -> None:
     packed = make_latents().edges
     wanted = np.unpackbits(packed.numpy(), axis=2)[:, None]
-    assert np.array_equal(train_diffusion.unpack_edges(packed).numpy(), wanted.astype(np.float32))
+    assert np.array_equal(train_autoencoder.unpack_edges(packed).numpy(), wanted.astype(np.float32))
 
 
 def test_step_noises_the_latent_and_weighs_its_error() -> None:

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Train the tiny model's CLIP-style vocabulary: vocab.json, merges.txt and tokenizer_config.json.
 
-    python3 tools/build_vocabulary.py [--captions captions.txt] [--size 1280] [--output models/tiny_tokenizer]
+    python3 tools/build_vocabulary.py [--captions captions.txt] [--size 1344] [--output models/tiny_tokenizer]
 
 The captions are a UTF-8 file with one to a line; without it those of the scenes that the model is trained on, and short
-ones with common words that it is not, so that such a word is one token and not pieces of others. The same captions always
-give the same files.
+ones with common words that it is not, so that such a word is one token and not pieces of others. The same captions
+always give the same files.
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--captions", type=Path, help="UTF-8 file, one caption a line; default: the scenes' and the built-in ones"
     )
-    parser.add_argument("--size", type=int, default=1280, help="most tokens the vocabulary may have (default 1280)")
+    parser.add_argument("--size", type=int, default=1344, help="most tokens the vocabulary may have (default 1344)")
     parser.add_argument("--output", type=Path, default=ROOT / "models" / "tiny_tokenizer", help="folder to write to")
     args = parser.parse_args(argv)
     if args.size < SMALLEST:

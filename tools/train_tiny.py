@@ -146,10 +146,11 @@ def train_autoencoder(run: Run) -> None:
     from tools.tiny.training import Trainer, choose_step
 
     autoencoder = run.model.first_stage_model.requires_grad_(True)
+    edges = torch.from_numpy(run.scenes.edges).to(run.args.device)
     settings = run.settings("autoencoder")
 
     def make(compiled: bool, amp: bool) -> Any:
-        return stage.make_step(autoencoder, run.images, settings.batch, settings.steps, compiled, amp)
+        return stage.make_step(autoencoder, run.images, edges, settings.batch, settings.steps, compiled, amp)
 
     modules = {"first_stage_model": autoencoder}
     plain = make(False, False)

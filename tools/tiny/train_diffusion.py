@@ -14,7 +14,7 @@ from ldm.autoencoder import AutoencoderKL
 from ldm.schedule import alpha_bars
 from ldm.unet import ResBlock
 from tools.tiny.store import Scenes
-from tools.tiny.train_autoencoder import to_images
+from tools.tiny.train_autoencoder import to_images, unpack_edges
 from tools.tiny.training import seed_for
 
 # Losses of low noise levels are kept from drowning the others: min(SNR, 5) / SNR (arXiv:2303.09556, eq. 3).
@@ -82,13 +82,6 @@ def check_latents(latents: Latents, autoencoder: AutoencoderKL, scenes: Scenes, 
             error = float((latents.mean[side, index].float() - wanted).norm() / wanted.norm())
             if not error < 0.1:
                 raise RuntimeError(f"the latent of scene {index}, side {side}, is off by {100 * error:.0f} %")
-
-
-def unpack_edges(packed: torch.Tensor) -> torch.Tensor:
-    """(B, H, W / 8) bits, the highest first, to (B, 1, H, W) edges in {0, 1}, float32."""
-    shifts = torch.arange(7, -1, -1, device=packed.device, dtype=torch.uint8)
-    bits = (packed[..., None] >> shifts) & 1
-    return bits.flatten(2).float()[:, None]
 
 
 def initialise_text(model: ControlLDM) -> None:

@@ -41,8 +41,8 @@ def _spread_light(canvas: Canvas, colour: np.ndarray, light: np.ndarray, other: 
     canvas.image[:] = colour + light[..., None] * (other - colour)
 
 
-def _whole(canvas: Canvas, texture: Texture) -> np.ndarray:
-    return texture.patch((0, 0, canvas.width, canvas.height))
+def _whole(canvas: Canvas, texture: Texture, paint: Paint) -> np.ndarray:
+    return texture.patch((0, 0, canvas.width, canvas.height), float(paint.rgb.max()))
 
 
 def _plain(canvas: Canvas, chance: Chance, backdrop: Backdrop, paint: Paint) -> None:
@@ -66,8 +66,8 @@ def _textured(canvas: Canvas, chance: Chance, backdrop: Backdrop, paint: Paint) 
         ("speckle", "marble", "weave", "cloudy", "straw", "wood", "cells", "fur", "leaves", "stripes", "bark")
     )
     strength = chance.between(0.03, 0.12) if chance.yes(0.6) else chance.between(0.12, 0.42)
-    texture = lay(kind, strength, chance.spread(2), chance.between(0.6, 1.8), chance.between(0, math.pi))
-    canvas.image[:] = paint.rgb * (_light(canvas, chance, 0.02) + _whole(canvas, texture))[..., None]
+    texture = lay(kind, strength, chance.spread(3), chance.between(0.6, 1.8), chance.between(0, math.pi))
+    canvas.image[:] = paint.rgb * (_light(canvas, chance, 0.02) + _whole(canvas, texture, paint))[..., None]
 
 
 def _wall(canvas: Canvas, chance: Chance, backdrop: Backdrop, paint: Paint) -> None:
@@ -77,8 +77,8 @@ def _wall(canvas: Canvas, chance: Chance, backdrop: Backdrop, paint: Paint) -> N
         strength = chance.between(0.02, 0.1)
     else:
         strength = chance.between(0.08, 0.4)
-    texture = lay(kind, strength, chance.spread(2), chance.between(0.6, 1.5), 0.06 * chance.between(-1, 1))
-    canvas.image[:] = paint.rgb * (_light(canvas, chance, 0.03) + _whole(canvas, texture))[..., None]
+    texture = lay(kind, strength, chance.spread(3), chance.between(0.6, 1.5), 0.06 * chance.between(-1, 1))
+    canvas.image[:] = paint.rgb * (_light(canvas, chance, 0.03) + _whole(canvas, texture, paint))[..., None]
 
 
 def _blur(canvas: Canvas, chance: Chance, backdrop: Backdrop, paint: Paint) -> None:
@@ -163,8 +163,8 @@ def _under_water(canvas: Canvas, chance: Chance, backdrop: Backdrop, paint: Pain
     ramp = np.linspace(1.0, 0.0, canvas.height, dtype=np.float32)[:, None] * np.ones((1, canvas.width), np.float32)
     _spread_light(canvas, paint.darker(0.86).rgb, ramp, paint.paler(0.22).rgb)
     if chance.yes(0.6):
-        texture = lay("waves", chance.between(0.02, 0.12), chance.spread(2), chance.between(1.2, 2.5), 0, 1.6)
-        canvas.image *= (1.0 + _whole(canvas, texture))[..., None]
+        texture = lay("waves", chance.between(0.02, 0.12), chance.spread(3), chance.between(1.2, 2.5), 0, 1.6)
+        canvas.image *= (1.0 + _whole(canvas, texture, paint))[..., None]
     for _ in range(chance.whole(0, 5)):
         x = chance.between(0, canvas.width)
         ray = np.array([[x, -2], [x + 20, -2], [x + 70, canvas.height + 2], [x + 10, canvas.height + 2]], np.float64)
@@ -188,7 +188,7 @@ def _sea_bed(canvas: Canvas, chance: Chance) -> None:
         np.array([196, 178, 136], np.float32),
         0.1,
         rim=0.05,
-        texture=lay(kind, chance.between(0.1, 0.35), chance.spread(2), 0.8),
+        texture=lay(kind, chance.between(0.1, 0.35), chance.spread(3), 0.8),
     )
 
 
@@ -220,7 +220,7 @@ def _far_land(canvas: Canvas, chance: Chance, backdrop: Backdrop, horizon: int) 
         tone = Paint(chance.pick((215.0, 130.0, 100.0, 30.0)), chance.between(0.08, 0.28), value)
         texture = None
         if chance.yes(0.4):
-            texture = lay("leaves", chance.between(0.08, 0.3), chance.spread(2), 0.6)
+            texture = lay("leaves", chance.between(0.08, 0.3), chance.spread(3), 0.6)
         canvas.solid(land, tone, 0.08, rim=0.05, texture=texture)
 
 
@@ -228,7 +228,7 @@ _GROUND_TEXTURES: Dict[str, tuple] = {
     "grass": (("grass", "fur", "straw"), 0.06, 0.4),
     "sand": (("speckle", "waves"), 0.04, 0.2),
     "snow": (("speckle", "cloudy"), 0.02, 0.08),
-    "earth": (("speckle", "pebbles", "bark"), 0.06, 0.3),
+    "earth": (("speckle", "pebbles", "waves"), 0.06, 0.3),
     "stones": (("pebbles", "cells"), 0.15, 0.5),
     "field": (("straw", "grass", "stripes"), 0.06, 0.35),
     "water": (("waves",), 0.05, 0.35),
@@ -240,11 +240,11 @@ _GROUND_TEXTURES: Dict[str, tuple] = {
 def _ground(canvas: Canvas, chance: Chance, backdrop: Backdrop, paint: Paint, horizon: int) -> None:
     kinds, low, high = _GROUND_TEXTURES[backdrop.ground]
     strength = low + (high - low) * chance.between(0, 1) ** 1.6
-    texture = lay_flat(chance.pick(kinds), strength, chance.spread(2), horizon - 6, chance.between(0.35, 0.9))
+    texture = lay_flat(chance.pick(kinds), strength, chance.spread(3), horizon - 6, chance.between(0.35, 0.9))
     box = (0, max(horizon - 8, 0), canvas.width, canvas.height)
     rows = box[3] - box[1]
     depth = np.linspace(0.0, 1.0, rows, dtype=np.float32)[:, None]
-    value = texture.patch(box) * np.clip(depth * 5.0, 0.15, 1.0)
+    value = texture.patch(box, float(paint.rgb.max()))
     value += 1.03 - 0.16 * depth
     xs = np.linspace(-10, canvas.width + 10, 8)
     bump = {"water": 0.0, "table": 0.0, "floor": 0.0}.get(backdrop.ground, 3.0)

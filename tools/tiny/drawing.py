@@ -16,6 +16,7 @@ import numpy as np
 from tools.tiny.palette import Paint
 from tools.tiny.textures import Texture
 
+_LINE_GAP, _LINE_OPACITY, _FAINT = 6.0, 0.85, 0.5
 _SHIFT = 4  # cv2 takes points with this many bits of fraction
 Box = Tuple[int, int, int, int]
 Colour = Union[Paint, np.ndarray]
@@ -194,7 +195,7 @@ class Canvas:
         value = self._relief(alpha, relief, rim)
         value += base
         if texture is not None:
-            value += texture.patch(box)
+            value += texture.patch(box, float(rgb_of(colour).max()))
         if clip is not None:
             alpha = alpha * self.alpha(clip.shapes, box, clip.blend)
         self.cover(box, alpha, lit(colour, value), named)
@@ -252,9 +253,18 @@ class Canvas:
         named: bool = False,
         clip: Optional[Clip] = None,
     ) -> None:
-        """Draw thin lines of one colour; `width` in pixels, below one pixel they fade instead."""
+        """Draw clear lines of one colour.
+
+        They are `width` pixels wide but at least 2, and lines of a group that are shorter than 7 pixels or run closer
+        than that to another are left out: finer ones would be edges that no small autoencoder keeps. A faint outline
+        (closed, of less than half the opacity) stays a fine one, which only deepens the shape's border.
+        """
+        if not closed:
+            lines = _apart(lines, _LINE_GAP + width)
         if not lines:
             return
+        if not closed or opacity >= _FAINT:
+            width, opacity = max(width * 1.5, 2.0), max(opacity, _LINE_OPACITY)
         box = self.box(np.concatenate(list(lines)), 2.0 + width)
         if box is None:
             return
@@ -262,7 +272,7 @@ class Canvas:
         cover = np.zeros((y1 - y0, x1 - x0), np.uint8)
         fixed = [_fixed(line, x0, y0) for line in lines]
         cv2.polylines(cover, fixed, closed, 255, max(int(round(width)), 1), cv2.LINE_AA, _SHIFT)
-        alpha = cover.astype(np.float32) * (opacity * min(width, 1.0) / 255.0)
+        alpha = cover.astype(np.float32) * (opacity / 255.0)
         if clip is not None:
             alpha *= self.alpha(clip.shapes, box, clip.blend)
         self.cover(box, alpha, rgb_of(colour), named)
@@ -286,6 +296,20 @@ class Canvas:
     def finish(self) -> np.ndarray:
         """(height, width, 3) uint8 RGB."""
         return np.clip(self.image + 0.5, 0, 255).astype(np.uint8)
+
+
+def _apart(lines: Sequence[np.ndarray], gap: float) -> List[np.ndarray]:
+    """The lines that are `gap` pixels long at least and whose middles lie so far from those kept before them."""
+    kept: List[np.ndarray] = []
+    middles: List[np.ndarray] = []
+    for line in lines:
+        middle = line.mean(0)
+        if np.ptp(line, axis=0).max() < gap:
+            continue
+        if all(np.hypot(*(middle - other)) >= gap for other in middles):
+            kept.append(line)
+            middles.append(middle)
+    return kept
 
 
 def _fixed(points: np.ndarray, x0: int, y0: int) -> np.ndarray:

@@ -232,7 +232,7 @@ def _feather_texture(chance: Chance, spot: Spot, strength: float) -> Texture:
     kind = chance.pick(("feathers", "fur", "scales", "bark"), (4, 4, 1, 2))
     scale = max(spot.size / 330.0, 0.25) * chance.between(0.6, 1.25)
     angle = chance.between(0.4, 1.4) * spot.facing
-    return lay(kind, strength * (1.0 if kind != "fur" else 1.6), chance.spread(2), scale, angle)
+    return lay(kind, strength * (1.0 if kind != "fur" else 1.6), chance.spread(3), scale, angle)
 
 
 def _legs(canvas: Canvas, chance: Chance, spot: Spot, b: Build, frame: _Frame, colour: np.ndarray) -> None:
@@ -276,7 +276,9 @@ def _tail(canvas: Canvas, chance: Chance, spot: Spot, b: Build, frame: _Frame, c
     shade = coat.main.darker(0.72)
     canvas.solid(shape, shade, relief=0.2, named=True, rim=0.2)
     rays = [
-        spot.place(frame([base + across * half * t, base + along * reach * 0.95 + across * end * t]))
+        spot.place(
+            frame([base + along * reach * 0.3 + across * half * t, base + along * reach * 0.95 + across * end * t])
+        )
         for t in (-0.6, -0.2, 0.2, 0.6)
     ]
     canvas.lines(rays, coat.main.darker(0.5).line(), 1.0, chance.between(0.3, 0.9), clip=Clip([shape]), named=True)
@@ -391,9 +393,7 @@ def _folded_wing(canvas: Canvas, chance: Chance, spot: Spot, b: Build, frame: _F
         t = (number + 0.6) / count
         start = np.array([(0.06 - 0.16 * t) * length, (-0.5 + (low + 0.45) * t) * depth])
         bend = (start + tip) / 2 + np.array([0.0, (0.10 * t - 0.02) * depth])
-        long_feathers.append(
-            spot.place(frame(smooth([start, bend, tip + [0.03 * length * number, 0.0]], 5, closed=False)))
-        )
+        long_feathers.append(spot.place(frame(smooth([start, bend, bend + 0.5 * (tip - bend)], 5, closed=False))))
     line = coat.wing.line()
     canvas.lines(long_feathers, line, 1.2, strength, clip=clip, named=True)
     coverts = [
@@ -649,7 +649,15 @@ def _fan(canvas: Canvas, spot: Spot, base: np.ndarray, angle: float, reach: floa
     across = np.array([-math.sin(angle), math.cos(angle)]) * 0.035
     shape = spot.place(np.array([base - across] + rim + [base + across]))
     canvas.solid(shape, coat.wing.darker(0.9), 0.2, named=True)
-    rays = [spot.place([base, base + reach * 0.95 * np.array([math.cos(a), math.sin(a)])]) for a in angles[1:-1]]
+    rays = [
+        spot.place(
+            [
+                base + reach * 0.4 * np.array([math.cos(a), math.sin(a)]),
+                base + reach * 0.95 * np.array([math.cos(a), math.sin(a)]),
+            ]
+        )
+        for a in angles[1:-1]
+    ]
     canvas.lines(rays, coat.wing.line(), 1.0, 0.7, named=True, clip=Clip([shape]))
     canvas.lines([shape], coat.wing.line(), 1.1, 0.75, closed=True, named=True)
 

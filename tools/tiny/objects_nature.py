@@ -32,7 +32,7 @@ def some_texture(
 ) -> Optional[Texture]:
     """A texture of a random strength, for a share of the objects."""
     kind, strength = chance.pick(kinds), chance.between(low, high)
-    draws, used = chance.spread(2), chance.yes(share)
+    draws, used = chance.spread(3), chance.yes(share)
     return lay(kind, strength, draws, scale, angle) if used else None
 
 
@@ -138,7 +138,8 @@ def draw_flower(canvas: Canvas, chance: Chance, spot: Spot, paint: Paint, look: 
 
 def _daisy(canvas: Canvas, chance: Chance, spot: Spot, paint: Paint) -> None:
     count, reach = chance.whole(5, 14), chance.between(0.24, 0.29)
-    rings = 2 if chance.yes(0.4) else 1
+    count = max(min(count, int(reach * spot.size / 2.6)), 5)  # petals of 12 pixels or more at the widest
+    rings = 2 if chance.yes(0.4) and reach * spot.size > 5 * count else 1
     width = min(2.4 * reach / count, 0.13) * chance.between(0.9, 1.3)
     squash = chance.between(0.72, 1.0)
     for ring in range(rings):
@@ -149,7 +150,7 @@ def _daisy(canvas: Canvas, chance: Chance, spot: Spot, paint: Paint) -> None:
             shape[:, 1] *= squash
             petal = spot.place(shape)
             canvas.solid(petal, paint.darker(0.84 + 0.14 * ((k + ring) % 2)), 0.28, named=True, rim=0.3)
-            canvas.lines([petal], paint.line(), 1.0, 0.45, closed=True, named=True)
+            canvas.lines([petal], paint.line(), 1.0, 0.6, closed=True, named=True)
     heart = chance.pick((np.array([240, 190, 50]), np.array([120, 76, 40]), np.array([70, 50, 46])))
     texture = some_texture(chance, ("pebbles", "speckle", "scales"), 0.1, 0.4, 0.35)
     centre = ellipse(0, 0, reach * 0.3, reach * 0.3)
@@ -183,8 +184,9 @@ def _tulip(canvas: Canvas, chance: Chance, spot: Spot, paint: Paint) -> None:
 
 def _rose(canvas: Canvas, chance: Chance, spot: Spot, paint: Paint) -> None:
     radius = chance.between(0.2, 0.25)
-    for ring in range(5):
-        r = radius * (1 - 0.2 * ring)
+    rings = max(min(5, int(radius * spot.size / 7)), 1)
+    for ring in range(rings):
+        r = radius * (1 - ring / rings)
         count = max(6 - ring, 2)
         turn = chance.between(0, 6)
         for k in range(count):

@@ -1,0 +1,169 @@
+// What the GroupNorm kernels ask of the machine: barriers, shuffles, shared memory, fast arithmetic, typed vectors.
+//
+// Everything that only a GPU can do stands here, so that the kernels' own text is index arithmetic and sums: with these
+// functions replaced, the same text runs on a host, thread by thread.
+#pragma once
+
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace canny2image {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffU;
+
+__device__ __forceinline__ unsigned char* sharedMemory() {
+    extern __shared__ __align__(16) unsigned char bytes[];
+    return bytes;
+}
+
+__device__ __forceinline__ void blockSync() { __syncthreads(); }
+
+__device__ __forceinline__ float shuffleFrom(float value, int lane) { return __shfl_sync(kAllLanes, value, lane); }
+
+__device__ __forceinline__ float shuffleXor(float value, int mask) { return __shfl_xor_sync(kAllLanes, value, mask); }
+
+// The barrier of a cluster, in two halves: what a thread wrote before its arrival, all see after their wait. Every
+// thread of the cluster does both. Devices before sm_90 have no clusters and are given none.
+__device__ __forceinline__ void clusterArrive() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void clusterWait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
+// The same place of shared memory in the cluster's block `rank`.
+template <typename T>
+__device__ __forceinline__ T const* peerShared(T* local, unsigned rank) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    return cooperative_groups::this_cluster().map_shared_rank(local, rank);
+#else
+    (void)rank;
+    return local;
+#endif
+}
+
+// The barrier of a whole cooperative launch.
+__device__ __forceinline__ void gridSync() { cooperative_groups::this_grid().sync(); }
+
+// A value that another block of this launch may have written: not from this SM's first-level cache.
+__device__ __forceinline__ float loadShared(float const* place) { return __ldcg(place); }
+
+// Fetches the line of `place` ahead of its use.
+__device__ __forceinline__ void prefetch(void const* place) { asm volatile("prefetch.global.L1 [%0];" ::"l"(place)); }
+
+// The larger one, or NaN where either is (fmaxf would drop it).
+__device__ __forceinline__ float maxOrNan(float a, float b) {
+    float result;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+    return result;
+}
+
+__device__ __forceinline__ float exp2Fast(float x) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
+__device__ __forceinline__ float reciprocalFast(float x) {
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
+__device__ __forceinline__ float reciprocalRoot(float x) { return rsqrtf(x); }
+
+__device__ __forceinline__ unsigned multiplyHigh(unsigned a, unsigned b) { return __umulhi(a, b); }
+
+// x / (1 + exp(-x)). Below -100 it is zero in FP32; without that bound minus infinity would give -inf * 0.
+__device__ __forceinline__ float silu(float x) {
+    constexpr float kLog2E = 1.4426950408889634F;
+    float const bounded = maxOrNan(x, -100.0F);
+    return bounded * reciprocalFast(1.0F + exp2Fast(-kLog2E * bounded));
+}
+
+__device__ __forceinline__ float toFloat(float x) { return x; }
+__device__ __forceinline__ float toFloat(__half x) { return __half2float(x); }
+__device__ __forceinline__ float toFloat(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename T>
+__device__ __forceinline__ T fromFloat(float x);
+template <>
+__device__ __forceinline__ float fromFloat<float>(float x) { return x; }
+template <>
+__device__ __forceinline__ __half fromFloat<__half>(float x) { return __float2half_rn(x); }
+template <>
+__device__ __forceinline__ __nv_bfloat16 fromFloat<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+
+// Pairs of elements as they lie in one 32-bit word, the lower address in the lower half.
+__device__ __forceinline__ float2 unpackPair(__half, unsigned word) {
+    __half2_raw const raw{static_cast<unsigned short>(word), static_cast<unsigned short>(word >> 16)};
+    return __half22float2(__half2(raw));
+}
+__device__ __forceinline__ float2 unpackPair(__nv_bfloat16, unsigned word) {
+    return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000U));
+}
+__device__ __forceinline__ unsigned packPair(__half, float low, float high) {
+    __half2_raw const raw = __floats2half2_rn(low, high);
+    return raw.x | static_cast<unsigned>(raw.y) << 16;
+}
+__device__ __forceinline__ unsigned packPair(__nv_bfloat16, float low, float high) {
+    __nv_bfloat162_raw const raw = __floats2bfloat162_rn(low, high);
+    return raw.x | static_cast<unsigned>(raw.y) << 16;
+}
+
+// V neighbouring elements as they lie in memory: 16 bytes moved by one access, or one element.
+template <typename T, int V>
+struct Pack {
+    static_assert(V * sizeof(T) == 16, "a pack is one element or 16 bytes");
+    uint4 bits;
+
+    __device__ __forceinline__ void unpack(float (&value)[V]) const {
+        unsigned const words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if constexpr (V == 4) {
+                value[i] = __uint_as_float(words[i]);
+            } else {
+                float2 const pair = unpackPair(T{}, words[i]);
+                value[2 * i] = pair.x;
+                value[2 * i + 1] = pair.y;
+            }
+        }
+    }
+
+    __device__ __forceinline__ void pack(float const (&value)[V]) {
+        unsigned words[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if constexpr (V == 4) {
+                words[i] = __float_as_uint(value[i]);
+            } else {
+                words[i] = packPair(T{}, value[2 * i], value[2 * i + 1]);
+            }
+        }
+        bits = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+};
+
+template <typename T>
+struct Pack<T, 1> {
+    T bits;
+
+    __device__ __forceinline__ void unpack(float (&value)[1]) const { value[0] = toFloat(bits); }
+    __device__ __forceinline__ void pack(float const (&value)[1]) { bits = fromFloat<T>(value[0]); }
+};
+
+// Elements of 16 bytes.
+template <typename T>
+constexpr int kVector = static_cast<int>(16 / sizeof(T));
+
+}  // namespace canny2image

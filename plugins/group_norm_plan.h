@@ -1,0 +1,338 @@
+// How one GroupNorm call is cut into blocks. Host arithmetic only: no CUDA call, so it can be tested anywhere.
+#pragma once
+
+#include "group_norm.h"
+
+#include <cstdint>
+#include <string>
+
+namespace canny2image {
+
+constexpr int kWarpThreads = 32;
+constexpr int kMaxThreads = 512;
+constexpr int kPartialThreads = 256;  // of each of two kernels: several blocks an SM hide each other's waits
+constexpr int kMaxCluster = 8;     // the largest that every device with clusters runs
+constexpr int kFewPacks = 4;       // packs that a thread holds in registers: small tiles, many blocks an SM
+constexpr int kManyPacks = 12;     // large tiles: 96 KiB a block of 512, which leaves registers for the sums
+constexpr int kMaxTiles = 256;     // partial moments of one group
+constexpr int64_t kMaxPartials = 16384;  // partial moments of one call, where its groups are fewer
+constexpr int64_t kSmallGroup = 2048;    // elements of a group that one block holds on every device
+constexpr int kStagedChannels = 1024;  // channels a group whose gamma, beta and bias are staged in shared memory
+
+// Division of numbers below 2^31 by one fixed number, as a multiplication.
+struct Divisor {
+    uint32_t divisor{1};
+    uint32_t multiplier{0};
+    uint32_t shift{0};
+};
+
+inline Divisor makeDivisor(uint32_t divisor) noexcept {
+    Divisor result;
+    result.divisor = divisor;
+    if (divisor > 1) {
+        uint32_t bits = 0;  // of divisor - 1: the exponent of the next power of two
+        while ((uint64_t{1} << bits) < divisor) {
+            ++bits;
+        }
+        result.multiplier = static_cast<uint32_t>(((uint64_t{1} << (31 + bits)) + divisor - 1) / divisor);
+        result.shift = bits - 1;
+    }
+    return result;
+}
+
+// How often memory is read, and who waits for whom between the statistics and the normalisation.
+enum class Stage : int32_t {
+    kHeld,     // a block or a cluster holds its groups on chip: memory is read once
+    kGrid,     // all blocks of a cooperative launch hold theirs, and meet at a barrier of the grid: read once
+    kPartial,  // first of two kernels: moments of each tile go to the workspace
+    kApply,    // second: merges them, reads again, writes
+};
+
+// Which elements form a tile.
+enum class Shape : int32_t {
+    kRun,      // a stretch of one group's elements, taken as one sequence; any layout, any alignment
+    kColumns,  // NHWC: some pixels by the channels of some whole groups; a thread keeps to its columns
+};
+
+// What the device offers.
+struct DeviceFacts {
+    int32_t processors{132};
+    int32_t sharedPerBlock{49152};  // the most that a kernel may ask for
+    bool clusters{false};
+    bool cooperative{false};
+};
+
+struct Plan {
+    Shape shape{Shape::kRun};
+    Stage stage{Stage::kHeld};  // kPartial stands for the pair of kernels
+    int32_t vector{1};          // elements an access
+    int32_t packs{kFewPacks};   // register packs a thread
+    int32_t sharedPacks{0};     // packs a thread holds in shared memory beside them
+    int32_t threads{32};
+    int32_t tiles{1};           // blocks that share a unit: the cluster's size for kHeld
+    int64_t units{0};           // (sample, group) or (sample, bundle of groups)
+    int64_t unitsPerLaunch{0};  // kGrid: as many as are resident together
+    int64_t chunk{0};           // kRun: packs a tile; kColumns: pixels a tile
+    int32_t bundleChannels{0};  // kColumns: channels a unit
+    int32_t columns{0};         // kColumns: packs of a unit's channels
+    int32_t rows{0};            // kColumns: pixels that the block takes at once
+    int32_t itemWidth{0};       // kColumns: neighbouring channels of a pack that share a group whatever the pack
+    int64_t sharedBytes{0};
+    double cost{0};             // estimated nanoseconds, to choose by
+};
+
+namespace plan_detail {
+
+inline int64_t ceilDiv(int64_t a, int64_t b) noexcept { return (a + b - 1) / b; }
+inline int64_t roundUp(int64_t a, int64_t b) noexcept { return ceilDiv(a, b) * b; }
+inline int64_t elementSize(DataType type) noexcept { return type == DataType::kFloat ? 4 : 2; }
+
+// The estimate behind the choices: a start-up, and bytes at what one SM moves when all do. It ranks plans, no more.
+constexpr double kLaunchCost = 1500.0;
+constexpr double kClusterCost = 500.0;
+constexpr double kGridCost = 1000.0;
+constexpr double kBytesPerNanosecond = 40.0;  // of one SM
+
+inline double moveCost(double bytes, double passes) noexcept { return passes * bytes / kBytesPerNanosecond; }
+
+// Sectors of memory are 32 bytes; short rows also use few bytes of each line.
+inline double rowWaste(int64_t rowBytes) noexcept {
+    double const sectors = static_cast<double>(roundUp(rowBytes, 32)) / static_cast<double>(rowBytes);
+    return rowBytes < 64 ? 1.25 * sectors : sectors;
+}
+
+// Lays a thread's packs, one a step, into registers and shared memory; false where they do not fit.
+inline bool hold(Plan& plan, int64_t steps, int64_t otherShared, DeviceFacts const& facts) noexcept {
+    plan.packs = steps <= kFewPacks ? kFewPacks : kManyPacks;
+    plan.sharedPacks = static_cast<int32_t>(steps > kManyPacks ? steps - kManyPacks : 0);
+    if (steps > 4 * kManyPacks || (plan.vector == 1 && steps > kFewPacks)) {
+        return false;
+    }
+    plan.sharedBytes = static_cast<int64_t>(plan.sharedPacks) * plan.threads * 16 + otherShared;
+    return plan.sharedBytes <= facts.sharedPerBlock - 1024;
+}
+
+inline void keepCheaper(Plan& best, Plan const& candidate) noexcept {
+    if (best.units == 0 || candidate.cost < best.cost) {
+        best = candidate;
+    }
+}
+
+struct Sizes {
+    int64_t groupChannels;
+    int64_t pack;       // bytes
+    int64_t totalBytes;
+    int32_t limit;      // of tiles
+};
+
+// Sizes the launches of a cooperative plan; false where too many would be needed.
+inline bool gridLaunches(Plan& plan, double blockBytes, DeviceFacts const& facts) noexcept {
+    plan.unitsPerLaunch = facts.processors / plan.tiles;
+    if (plan.unitsPerLaunch == 0) {
+        return false;
+    }
+    int64_t const launches = ceilDiv(plan.units, plan.unitsPerLaunch);
+    plan.cost = static_cast<double>(launches) * (kLaunchCost + kGridCost + moveCost(blockBytes, 2.0));
+    return launches <= 8;
+}
+
+inline double heldCost(Plan const& plan, double blockBytes, DeviceFacts const& facts) noexcept {
+    double const waves = static_cast<double>(ceilDiv(plan.units * plan.tiles, facts.processors));
+    return kLaunchCost + (plan.tiles > 1 ? kClusterCost : 0.0) + moveCost(waves * blockBytes, 2.0);
+}
+
+inline double twoKernelCost(double bytes, DeviceFacts const& facts) noexcept {
+    return 2.0 * kLaunchCost + 500.0 + moveCost(bytes / facts.processors, 3.0);
+}
+
+inline int32_t partialTiles(int64_t units, int64_t most, DeviceFacts const& facts) noexcept {
+    int64_t const wanted = ceilDiv(4 * static_cast<int64_t>(facts.processors), units);
+    return static_cast<int32_t>(wanted < most ? wanted : most);
+}
+
+inline int64_t smaller(int64_t a, int64_t b) noexcept { return a < b ? a : b; }
+
+inline Plan planRun(GroupNormParams const& p, int32_t vector, Sizes const& sizes, DeviceFacts const& facts) noexcept {
+    int64_t const run = sizes.groupChannels * p.pixels / vector;
+    int64_t const stage = sizes.groupChannels <= kStagedChannels ? sizes.groupChannels * 12 : 0;
+    Plan base;
+    base.vector = vector;
+    base.units = p.batch * p.groups;
+    auto cut = [&](Plan& plan, int64_t tiles) {
+        plan.tiles = static_cast<int32_t>(tiles);
+        plan.chunk = ceilDiv(run, tiles);
+        plan.threads = static_cast<int32_t>(smaller(kMaxThreads, roundUp(plan.chunk, kWarpThreads)));
+        return ceilDiv(plan.chunk, plan.threads);
+    };
+
+    Plan best;
+    int64_t const widest = facts.clusters ? kMaxCluster : 1;
+    for (int64_t tiles = 1; tiles <= widest && tiles <= run; tiles *= 2) {
+        Plan plan = base;
+        if (hold(plan, cut(plan, tiles), stage, facts)) {
+            plan.cost = heldCost(plan, static_cast<double>(plan.chunk * sizes.pack), facts);
+            keepCheaper(best, plan);
+        }
+    }
+    if (facts.cooperative && vector > 1) {
+        int64_t const most = smaller(smaller(sizes.limit, facts.processors), run);
+        int64_t const inShared = (facts.sharedPerBlock - 1024 - stage) / (kMaxThreads * 16);
+        int64_t const perBlock = kMaxThreads * (kManyPacks + inShared);
+        int64_t const fewest = ceilDiv(run, perBlock);
+        int64_t const even = facts.processors / base.units;
+        Plan plan = base;
+        plan.stage = Stage::kGrid;
+        int64_t const tiles = smaller(most, even > fewest ? even : fewest);
+        if (fewest <= most && hold(plan, cut(plan, tiles), stage, facts) &&
+            gridLaunches(plan, static_cast<double>(plan.chunk * sizes.pack), facts)) {
+            plan.packs = kManyPacks;
+            keepCheaper(best, plan);
+        }
+    }
+    Plan plan = base;
+    plan.stage = Stage::kPartial;
+    int64_t const most = smaller(sizes.limit, ceilDiv(run, kPartialThreads * kFewPacks));
+    cut(plan, partialTiles(base.units, most, facts));
+    plan.threads = static_cast<int32_t>(smaller(plan.threads, kPartialThreads));
+    plan.packs = kFewPacks;
+    plan.sharedBytes = stage;
+    plan.cost = twoKernelCost(static_cast<double>(sizes.totalBytes), facts);
+    keepCheaper(best, plan);
+    return best;
+}
+
+// Cuts the pixels into `tiles`; gives the steps that a block needs, or 0 where the columns are too many.
+inline int64_t cutColumns(Plan& plan, int64_t pixels, int64_t tiles, int64_t threads) noexcept {
+    if (plan.columns > threads) {
+        return 0;
+    }
+    plan.tiles = static_cast<int32_t>(tiles);
+    plan.chunk = ceilDiv(pixels, tiles);
+    plan.rows = static_cast<int32_t>(smaller(plan.chunk, threads / plan.columns));
+    plan.threads = static_cast<int32_t>(roundUp(static_cast<int64_t>(plan.rows) * plan.columns, kWarpThreads));
+    return ceilDiv(plan.chunk, plan.rows);
+}
+
+// Shared memory for the items (mean and M2 each), the rows' counts, and each group's moments and result.
+inline int64_t columnsShared(Plan const& plan, int64_t groupChannels) noexcept {
+    int64_t const items = static_cast<int64_t>(plan.rows) * plan.columns * (plan.vector / plan.itemWidth);
+    return items * 8 + plan.rows * 4 + plan.bundleChannels / groupChannels * 20;
+}
+
+inline Plan planColumns(
+    GroupNormParams const& p, int32_t vector, Sizes const& sizes, DeviceFacts const& facts) noexcept {
+    int32_t width = vector;  // the greatest power of two that divides both
+    while (sizes.groupChannels % width != 0) {
+        width /= 2;
+    }
+    int64_t const least = vector / width * sizes.groupChannels;
+    Plan best;
+    for (int64_t bundle = least; bundle <= p.channels && bundle / vector <= kMaxThreads; bundle += least) {
+        if (p.channels % bundle != 0) {
+            continue;
+        }
+        Plan base;
+        base.shape = Shape::kColumns;
+        base.vector = vector;
+        base.itemWidth = width;
+        base.bundleChannels = static_cast<int32_t>(bundle);
+        base.columns = static_cast<int32_t>(bundle / vector);
+        base.units = p.batch * (p.channels / bundle);
+        double const waste = rowWaste(base.columns * sizes.pack);
+        auto blockBytes = [&](Plan const& plan) {
+            return waste * static_cast<double>(plan.chunk * plan.columns * sizes.pack);
+        };
+
+        int64_t const widest = facts.clusters ? kMaxCluster : 1;
+        for (int64_t tiles = 1; tiles <= widest && tiles <= p.pixels; tiles *= 2) {
+            Plan plan = base;
+            int64_t const steps = cutColumns(plan, p.pixels, tiles, kMaxThreads);
+            if (hold(plan, steps, columnsShared(plan, sizes.groupChannels), facts)) {
+                plan.cost = heldCost(plan, blockBytes(plan), facts);
+                keepCheaper(best, plan);
+            }
+        }
+        for (int64_t units = 1; facts.cooperative && units <= base.units; units *= 2) {
+            int64_t const tiles = smaller(smaller(sizes.limit, facts.processors / units), p.pixels);
+            Plan plan = base;
+            plan.stage = Stage::kGrid;
+            if (tiles < 1) {
+                break;
+            }
+            int64_t const steps = cutColumns(plan, p.pixels, tiles, kMaxThreads);
+            if (hold(plan, steps, columnsShared(plan, sizes.groupChannels), facts) &&
+                gridLaunches(plan, blockBytes(plan), facts)) {
+                plan.packs = kManyPacks;
+                keepCheaper(best, plan);
+            }
+        }
+        Plan plan = base;
+        plan.stage = Stage::kPartial;
+        int64_t const threads = plan.columns > kPartialThreads ? kMaxThreads : kPartialThreads;
+        int64_t const most = smaller(sizes.limit, ceilDiv(p.pixels, threads / plan.columns * kFewPacks));
+        cutColumns(plan, p.pixels, partialTiles(base.units, most, facts), threads);
+        plan.packs = kFewPacks;
+        plan.sharedBytes = columnsShared(plan, sizes.groupChannels);
+        if (plan.sharedBytes <= facts.sharedPerBlock - 1024) {
+            plan.cost = twoKernelCost(waste * static_cast<double>(sizes.totalBytes), facts);
+            keepCheaper(best, plan);
+        }
+    }
+    return best;
+}
+
+}  // namespace plan_detail
+
+// The most tiles a group that any plan may use: it bounds the workspace.
+inline int32_t tileLimit(GroupNormParams const& params) noexcept {
+    int64_t const limit = kMaxPartials / (params.batch * params.groups);
+    return static_cast<int32_t>(limit < 1 ? 1 : limit > kMaxTiles ? kMaxTiles : limit);
+}
+
+// True where every device holds each group in one block, so that no workspace is wanted.
+inline bool alwaysHeld(GroupNormParams const& params) noexcept {
+    return params.channels / params.groups * params.pixels <= kSmallGroup;
+}
+
+// `vectorised`: x and y allow 16-byte accesses.
+inline Plan planGroupNorm(GroupNormParams const& params, bool vectorised, DeviceFacts const& facts) noexcept {
+    using namespace plan_detail;
+    int64_t const size = elementSize(params.dataType);
+    int32_t const vector = static_cast<int32_t>(16 / size);
+    Sizes sizes{params.channels / params.groups, 16, params.batch * params.channels * params.pixels * size,
+                tileLimit(params)};
+    DeviceFacts offered = facts;
+    offered.cooperative = facts.cooperative && !alwaysHeld(params);
+    if (params.layout == Layout::kNHWC && vectorised && params.channels % vector == 0) {
+        Plan const plan = planColumns(params, vector, sizes, offered);
+        if (plan.units != 0 && !(alwaysHeld(params) && plan.stage != Stage::kHeld)) {
+            return plan;
+        }
+    }
+    if (params.layout == Layout::kNCHW && vectorised && params.pixels % vector == 0) {
+        return planRun(params, vector, sizes, offered);
+    }
+    sizes.pack = size;
+    return planRun(params, 1, sizes, offered);
+}
+
+// The plan in a few words, for reports: "columns, cluster of 8, 16 units, 512 threads, 4+0 packs of 8".
+inline std::string describePlan(Plan const& plan) {
+    std::string text = plan.shape == Shape::kRun ? "run" : "columns of " + std::to_string(plan.bundleChannels);
+    std::string const tiles = std::to_string(plan.tiles);
+    if (plan.stage == Stage::kHeld) {
+        text += plan.tiles == 1 ? ", one block" : ", cluster of " + tiles;
+    } else if (plan.stage == Stage::kGrid) {
+        text += ", grid of " + tiles + " by " + std::to_string(plan.unitsPerLaunch);
+    } else {
+        text += ", two kernels of " + tiles;
+    }
+    return text + ", " + std::to_string(plan.units) + " units, " + std::to_string(plan.threads) + " threads, " +
+        std::to_string(plan.packs) + "+" + std::to_string(plan.sharedPacks) + " packs of " +
+        std::to_string(plan.vector);
+}
+
+// The plan that `launchGroupNorm` would take on the current device, described.
+std::string groupNormPath(GroupNormParams const& params);
+
+}  // namespace canny2image

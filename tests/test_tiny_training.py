@@ -369,7 +369,7 @@ def test_chunk_holds_scenes_edges_and_tokens(
 
 def test_scenes_that_are_others_are_noticed() -> None:
     scenes = [make_scene(i, "train") for i in range(2)]
-    edges = np.stack([np.packbits(canny_map(scene.image, 256, 100, 200) > 0, axis=1) for scene in scenes])
+    edges = np.stack([store.packed_edges(scene.image) for scene in scenes])
     tokens = np.stack([Tokenizer(load_config("tiny"))([s.captions[0]] * 6)[0] for s in scenes]).astype(np.int16)
     stored = Scenes(np.stack([s.image for s in scenes]), edges, tokens)
     images = torch.from_numpy(stored.images)
@@ -402,7 +402,7 @@ def test_number_of_scenes_is_checked(tmp_path: Path) -> None:
 
 def fake_scenes(folder: Path, count: int, split: str = "train", seed: int = 0) -> Scenes:
     scenes = [make_scene(i, split) for i in range(4)]
-    edges = [np.packbits(canny_map(scene.image, 256, 100, 200) > 0, axis=1) for scene in scenes]
+    edges = [store.packed_edges(scene.image) for scene in scenes]
     return Scenes(np.stack([s.image for s in scenes]), np.stack(edges), np.ones((4, 6, 77), np.int16))
 
 

@@ -46,6 +46,14 @@ def code_digest() -> str:
     return source_digest([*own, Path(config.folder) / config.tokenizer / "vocab.json"])
 
 
+def packed_edges(image: np.ndarray) -> np.ndarray:
+    """The (256, 48) uint8 packed Canny map of a (256, 384, 3) uint8 RGB scene.
+
+    Of channels that are equally strong Canny takes the first, so the order is that in which pictures come: BGR.
+    """
+    return np.packbits(canny_map(np.ascontiguousarray(image[:, :, ::-1]), HEIGHT, *CANNY) > 0, axis=1)
+
+
 def draw_chunk(job: Tuple[str, int, str, int]) -> str:
     """Draw `CHUNK` scenes from index `first` on and write them to `path`; the path comes back."""
     path, first, split, seed = job
@@ -54,8 +62,7 @@ def draw_chunk(job: Tuple[str, int, str, int]) -> str:
     cv2.setNumThreads(1)  # one process a core
     tokenizer = Tokenizer(load_config("tiny"))
     scenes = [make_scene(first + i, split, seed=seed) for i in range(CHUNK)]
-    # cv2.Canny takes each pixel's strongest channel, so the order of the channels does not matter.
-    edges = [np.packbits(canny_map(scene.image, HEIGHT, *CANNY) > 0, axis=1) for scene in scenes]
+    edges = [packed_edges(scene.image) for scene in scenes]
     texts = [scene.captions[i % len(scene.captions)] for scene in scenes for i in range(WORDINGS)]
     ids, _ = tokenizer(texts)
     with atomic_path(Path(path)) as temporary, open(str(temporary), "wb") as file:
@@ -116,7 +123,7 @@ def check_scenes(scenes: Scenes, images: Any, count: int = 16) -> None:
     tokenizer = Tokenizer(load_config("tiny"))
     for index in np.linspace(0, len(scenes.images) - 1, count).astype(int).tolist():
         scene = make_scene(index, "train")
-        edges = np.packbits(canny_map(scene.image, HEIGHT, *CANNY) > 0, axis=1)
+        edges = packed_edges(scene.image)
         ids, _ = tokenizer([scene.captions[0]])
         same = (
             np.array_equal(images[index].cpu().numpy(), scene.image),

@@ -98,7 +98,8 @@ def test_kl_divergence_is_that_of_normal_distributions() -> None:
 def test_critic_gradient_has_its_share_and_leads_towards_higher_scores() -> None:
     model = random_model()
     edges = torch.zeros(4, 32, 8, dtype=torch.uint8)
-    step = train_autoencoder.make_step(model.first_stage_model, pictures(4), edges, 2, 4, compiled=False, amp=False)
+    critic = train_autoencoder.make_critic(edges.device)
+    step = train_autoencoder.make_step(model.first_stage_model, *critic, pictures(4), edges, 2, 4, False, False)
     image = torch.randn(2, 3, 32, 64, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
     reconstruction = torch.ones_like(image)
     gradient = step._critic_gradient(image, reconstruction)

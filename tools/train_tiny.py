@@ -102,7 +102,7 @@ class Run:
         if self._latents is None:
             self._latents = encode_scenes(self.model.first_stage_model, self.images, self.scenes, self.amp)
             check_latents(self._latents, self.model.first_stage_model, self.scenes)
-            self.images = self.images[:1]  # the pictures themselves are no longer wanted
+            self.images = self.images.new_empty(0)  # lets go of the pictures: a slice would hold on to them all
         return self._latents
 
     def finish(self, stage: str, modules: Dict[str, Any]) -> None:
@@ -149,16 +149,17 @@ def train_autoencoder(run: Run) -> None:
     edges = torch.from_numpy(run.scenes.edges).to(run.args.device)
     settings = run.settings("autoencoder")
 
+    critic, optimizer = stage.make_critic(run.images.device)
+
     def make(compiled: bool, amp: bool) -> Any:
-        return stage.make_step(autoencoder, run.images, edges, settings.batch, settings.steps, compiled, amp)
+        return stage.make_step(
+            autoencoder, critic, optimizer, run.images, edges, settings.batch, settings.steps, compiled, amp
+        )
 
     modules = {"first_stage_model": autoencoder}
-    plain = make(False, False)
-    extra = {"critic": plain.critic, "critic_optimizer": plain.critic_optimizer}
+    extra = {"critic": critic, "critic_optimizer": optimizer}
     trainer = Trainer("autoencoder", modules, settings, run.args.folder, run.args.seed, run.args.device, extra)
-    step = choose_step(plain, run.candidates(make), trainer)
-    step.critic, step.critic_optimizer = plain.critic, plain.critic_optimizer
-    trainer.run(step, run.stop_at)
+    trainer.run(choose_step(make(False, False), run.candidates(make), trainer), run.stop_at)
     trainer.use_average()
     shift, ratio = stage.standardise_latents(autoencoder, run.images[:2000])
     run.finish("autoencoder", modules)

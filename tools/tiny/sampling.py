@@ -20,14 +20,18 @@ from deploy.graphs import cast_copy
 from ldm.attention import Conditioning
 from ldm.exact import exact_fp32
 from ldm.schedule import ddim_coefficients
+from scoring.runner import CONTEST_REQUEST
 
-# The contest's.
-ADDED_PROMPT = "best quality, extremely detailed"
-NEGATIVE_PROMPT = "longbody, lowres, bad anatomy, bad hands, missing fingers"
+ADDED_PROMPT, NEGATIVE_PROMPT = CONTEST_REQUEST.added_prompt, CONTEST_REQUEST.negative_prompt
 
 T = TypeVar("T")
 Numbers = Union[float, Sequence[float]]
 Texts = Union[str, Sequence[str]]
+
+
+def to_images(pixels: torch.Tensor) -> torch.Tensor:
+    """(B, H, W, 3) uint8 to (B, 3, H, W) float32 in [-1, 1]: the inverse of `cldm.reference.to_uint8`."""
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
 class _Batch(NamedTuple):
@@ -142,7 +146,7 @@ class Sampler:
         pieces = []
         for start in range(0, len(images), self.batch):
             pixels = torch.from_numpy(np.ascontiguousarray(images[start : start + self.batch])).to(self.device)
-            mean, _ = autoencoder.encode((pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0).to(self.dtype))
+            mean, _ = autoencoder.encode(to_images(pixels).to(self.dtype))
             pieces.append(self.decode(mean.float() * autoencoder.config.scale_factor))
         return np.concatenate(pieces)
 

@@ -14,11 +14,11 @@ from cldm.files import atomic_path, source_digest
 from cldm.image import canny_map
 from cldm.machine import available_cores
 from cldm.tokenizer import Tokenizer
+from tools.tiny.measures import HIGH_THRESHOLD, LOW_THRESHOLD
 from tools.tiny.scenes import HEIGHT, SEED, WIDTH, make_scene
 
 CHUNK = 250
 WORDINGS = 6
-CANNY = (100, 200)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ def packed_edges(image: np.ndarray) -> np.ndarray:
 
     Of channels that are equally strong Canny takes the first, so the order is that in which pictures come: BGR.
     """
-    return np.packbits(canny_map(np.ascontiguousarray(image[:, :, ::-1]), HEIGHT, *CANNY) > 0, axis=1)
+    edges = canny_map(np.ascontiguousarray(image[:, :, ::-1]), HEIGHT, LOW_THRESHOLD, HIGH_THRESHOLD)
+    return np.packbits(edges > 0, axis=1)
 
 
 def draw_chunk(job: Tuple[str, int, str, int]) -> str:

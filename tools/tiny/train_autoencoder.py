@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from ldm.autoencoder import AutoencoderKL
+from tools.tiny.measures import HIGH_THRESHOLD
+from tools.tiny.sampling import to_images
 
 KL_WEIGHT = 3e-4
 GRADIENT_WEIGHT = 1.0
 EDGE_WEIGHT = 0.3
-# What Canny's upper threshold of 200 is on images in [-1, 1], and a margin.
-EDGE_STRENGTH = 1.2 * 200 / 127.5
+# What Canny's upper threshold is on images in [-1, 1], and a margin.
+EDGE_STRENGTH = 1.2 * HIGH_THRESHOLD / 127.5
 # Share of the critic's gradient, by norm, in what the decoder is told about its image.
 CRITIC_SHARE = 0.2
 CRITIC_FROM = 0.5
@@ -41,6 +43,13 @@ class Critic(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layers(x)
+
+
+def make_critic(device: torch.device) -> Tuple[Critic, torch.optim.Optimizer]:
+    """A fresh critic, the same in every run, and its optimiser."""
+    torch.manual_seed(1)
+    critic = Critic().to(device, memory_format=torch.channels_last)
+    return critic, torch.optim.Adam(critic.parameters(), lr=CRITIC_RATE, betas=(0.5, 0.9))
 
 
 def gradient_loss(image: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -94,11 +103,6 @@ def reconstruction_loss(image: torch.Tensor, target: torch.Tensor, edges: torch.
 def kl_divergence(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
     """KL divergence from a standard normal, in nats a latent element (arXiv:1312.6114, appendix B)."""
     return 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).mean()
-
-
-def to_images(pixels: torch.Tensor) -> torch.Tensor:
-    """(B, H, W, 3) uint8 to (B, 3, H, W) float32 in [-1, 1]."""
-    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
 @dataclass
@@ -170,6 +174,8 @@ class AutoencoderStep:
 
 def make_step(
     autoencoder: AutoencoderKL,
+    critic: Critic,
+    optimizer: torch.optim.Optimizer,
     images: torch.Tensor,
     edges: torch.Tensor,
     batch: int,
@@ -177,7 +183,7 @@ def make_step(
     compiled: bool,
     amp: bool,
 ) -> AutoencoderStep:
-    """The step of a fresh critic for the given autoencoder; images and edges are the stores on the device."""
+    """The step for an autoencoder and its critic; images and edges are the stores on the device."""
     scale = autoencoder.config.scale_factor
 
     def forward(x: torch.Tensor, noise: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -185,9 +191,6 @@ def make_step(
         z = mean + torch.exp(0.5 * log_variance) * noise
         return autoencoder.decode(z * scale), mean, log_variance
 
-    torch.manual_seed(1)
-    critic = Critic().to(images.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(critic.parameters(), lr=CRITIC_RATE, betas=(0.5, 0.9))
     return AutoencoderStep(
         torch.compile(forward) if compiled else forward, images, edges, critic, optimizer, batch, steps, amp
     )

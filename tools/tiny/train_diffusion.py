@@ -13,8 +13,9 @@ from cldm.model import ControlLDM
 from ldm.autoencoder import AutoencoderKL
 from ldm.schedule import alpha_bars
 from ldm.unet import ResBlock
+from tools.tiny.sampling import to_images
 from tools.tiny.store import Scenes
-from tools.tiny.train_autoencoder import to_images, unpack_edges
+from tools.tiny.train_autoencoder import unpack_edges
 from tools.tiny.training import seed_for
 
 # Losses of low noise levels are kept from drowning the others: min(SNR, 5) / SNR (arXiv:2303.09556, eq. 3).

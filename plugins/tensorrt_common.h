@@ -131,6 +131,22 @@ nvinfer1::IPluginRegistry* findRegistry() noexcept;
 // What `canny2imageRegister` returns.
 enum class Registration : int32_t { kDone = 0, kNoRegistry = 1, kRefused = 2 };
 
+// Registers `creator` unless `isRegistered(registry)`: what the two generations of creators do alike.
+template <typename Creator, typename IsRegistered>
+int32_t registerOnce(Creator& creator, IsRegistered isRegistered) noexcept {
+    return guarded("canny2imageRegister", static_cast<int32_t>(Registration::kRefused), [&] {
+        nvinfer1::IPluginRegistry* const registry = findRegistry();
+        if (registry == nullptr) {
+            return static_cast<int32_t>(Registration::kNoRegistry);
+        }
+        if (isRegistered(*registry) || registry->registerCreator(creator, kPluginNamespace)) {
+            return static_cast<int32_t>(Registration::kDone);
+        }
+        CANNY2IMAGE_ERROR("TensorRT refused to register the plugin");
+        return static_cast<int32_t>(Registration::kRefused);
+    });
+}
+
 }  // namespace canny2image
 
 // Registers the creator under our namespace in the registry of the TensorRT that the process has loaded, for users who

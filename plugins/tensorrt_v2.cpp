@@ -194,16 +194,7 @@ CANNY2IMAGE_EXPORT nvinfer1::IPluginCreator* const* getPluginCreators(int32_t& c
 
 int32_t canny2imageRegister() noexcept {
     using namespace canny2image;
-    return guarded("canny2imageRegister", static_cast<int32_t>(Registration::kRefused), [] {
-        nvinfer1::IPluginRegistry* const registry = findRegistry();
-        if (registry == nullptr) {
-            return static_cast<int32_t>(Registration::kNoRegistry);
-        }
-        if (registry->getPluginCreator(kPluginName, kPluginVersion, kPluginNamespace) != nullptr
-            || registry->registerCreator(creator(), kPluginNamespace)) {
-            return static_cast<int32_t>(Registration::kDone);
-        }
-        CANNY2IMAGE_ERROR("TensorRT refused to register the plugin");
-        return static_cast<int32_t>(Registration::kRefused);
+    return registerOnce(creator(), [](nvinfer1::IPluginRegistry& registry) {
+        return registry.getPluginCreator(kPluginName, kPluginVersion, kPluginNamespace) != nullptr;
     });
 }

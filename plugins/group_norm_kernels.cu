@@ -801,31 +801,7 @@ cudaError_t readFacts(int device, DeviceFacts& facts) noexcept {
     return error;
 }
 
-cudaError_t currentFacts(DeviceFacts& facts) noexcept {
-    constexpr int kDevices = 64;
-    static std::mutex mutex;
-    static DeviceFacts known[kDevices];
-    static bool isKnown[kDevices];
-    int device = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error != cudaSuccess || device >= kDevices) {
-        return error != cudaSuccess ? error : readFacts(device, facts);
-    }
-    std::lock_guard<std::mutex> const lock(mutex);
-    if (!isKnown[device]) {
-        error = readFacts(device, known[device]);
-        isKnown[device] = error == cudaSuccess;
-    }
-    facts = known[device];
-    return error;
-}
-
 bool aligned(void const* pointer) noexcept { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
-bool vectorised(GroupNormParams const& p) noexcept {
-    int64_t const vector = p.dataType == DataType::kFloat ? 4 : 8;
-    return aligned(p.x) && aligned(p.y) && (p.layout == Layout::kNCHW || p.pixelStride % vector == 0);
-}
 
 Arguments makeArguments(GroupNormParams const& p, Plan const& plan, void* workspace) noexcept {
     Arguments a{};
@@ -926,6 +902,30 @@ bool isType(DataType type) noexcept {
 
 }  // namespace
 
+cudaError_t deviceFacts(DeviceFacts& facts) noexcept {
+    constexpr int kDevices = 64;
+    static std::mutex mutex;
+    static DeviceFacts known[kDevices];
+    static bool isKnown[kDevices];
+    int device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error != cudaSuccess || device >= kDevices) {
+        return error != cudaSuccess ? error : readFacts(device, facts);
+    }
+    std::lock_guard<std::mutex> const lock(mutex);
+    if (!isKnown[device]) {
+        error = readFacts(device, known[device]);
+        isKnown[device] = error == cudaSuccess;
+    }
+    facts = known[device];
+    return error;
+}
+
+bool allowsVectors(GroupNormParams const& p) noexcept {
+    int64_t const vector = p.dataType == DataType::kFloat ? 4 : 8;
+    return aligned(p.x) && aligned(p.y) && (p.layout == Layout::kNCHW || p.pixelStride % vector == 0);
+}
+
 char const* checkGroupNorm(GroupNormParams const& p) noexcept {
     constexpr int64_t kLimit = INT32_MAX;
     if (p.batch < 1 || p.channels < 1 || p.pixels < 1) {
@@ -978,29 +978,15 @@ std::string groupNormPath(GroupNormParams const& params) {
     if (fault != nullptr) {
         return fault;
     }
-    cudaError_t const error = currentFacts(facts);
+    cudaError_t const error = deviceFacts(facts);
     return error != cudaSuccess ? cudaGetErrorString(error)
-                                : describePlan(planGroupNorm(params, vectorised(params), facts));
+                                : describePlan(planGroupNorm(params, allowsVectors(params), facts));
 }
 
-cudaError_t launchGroupNorm(
-    GroupNormParams const& params, void* workspace, size_t workspaceSize, cudaStream_t stream) noexcept {
-    bool const missing =
-        params.x == nullptr || params.y == nullptr || params.gamma == nullptr || params.beta == nullptr;
-    if (missing || checkGroupNorm(params) != nullptr) {
-        return cudaErrorInvalidValue;
-    }
-    size_t const wanted = groupNormWorkspaceSize(params);
-    if (workspaceSize < wanted || (wanted > 0 && workspace == nullptr)) {
-        return cudaErrorInvalidValue;
-    }
-    DeviceFacts facts;
-    cudaError_t error = currentFacts(facts);
-    if (error != cudaSuccess) {
-        return error;
-    }
-    Plan const plan = planGroupNorm(params, vectorised(params), facts);
+cudaError_t launchPlan(
+    GroupNormParams const& params, Plan const& plan, void* workspace, cudaStream_t stream) noexcept {
     Arguments arguments = makeArguments(params, plan, workspace);
+    cudaError_t error = cudaSuccess;
     if (plan.stage == Stage::kPartial) {
         error = launchStage(params.dataType, plan, Stage::kPartial, arguments, plan.units, stream);
         if (error == cudaSuccess) {
@@ -1018,6 +1004,25 @@ cudaError_t launchGroupNorm(
         error = launchPadding(params, stream);
     }
     return error;
+}
+
+cudaError_t launchGroupNorm(
+    GroupNormParams const& params, void* workspace, size_t workspaceSize, cudaStream_t stream) noexcept {
+    bool const missing =
+        params.x == nullptr || params.y == nullptr || params.gamma == nullptr || params.beta == nullptr;
+    if (missing || checkGroupNorm(params) != nullptr) {
+        return cudaErrorInvalidValue;
+    }
+    size_t const wanted = groupNormWorkspaceSize(params);
+    if (workspaceSize < wanted || (wanted > 0 && workspace == nullptr)) {
+        return cudaErrorInvalidValue;
+    }
+    DeviceFacts facts;
+    cudaError_t const error = deviceFacts(facts);
+    if (error != cudaSuccess) {
+        return error;
+    }
+    return launchPlan(params, planGroupNorm(params, allowsVectors(params), facts), workspace, stream);
 }
 
 }  // namespace canny2image

@@ -10,7 +10,8 @@ namespace canny2image {
 
 constexpr int kWarpThreads = 32;
 constexpr int kMaxThreads = 512;
-constexpr int kPartialThreads = 256;  // of each of two kernels: several blocks an SM hide each other's waits
+constexpr int kThreadChoices[] = {256, 512, 128};
+constexpr int kPartialBlocks[] = {4, 2, 8};  // of each of two kernels, an SM: several hide each other's waits
 constexpr int kMaxCluster = 8;     // the largest that every device with clusters runs
 constexpr int kFewPacks = 4;       // packs that a thread holds in registers: small tiles, many blocks an SM
 constexpr int kManyPacks = 12;     // large tiles: 96 KiB a block of 512, which leaves registers for the sums
@@ -105,17 +106,11 @@ inline double rowWaste(int64_t rowBytes) noexcept {
 inline bool hold(Plan& plan, int64_t steps, int64_t otherShared, DeviceFacts const& facts) noexcept {
     plan.packs = steps <= kFewPacks ? kFewPacks : kManyPacks;
     plan.sharedPacks = static_cast<int32_t>(steps > kManyPacks ? steps - kManyPacks : 0);
-    if (steps > 4 * kManyPacks || (plan.vector == 1 && steps > kFewPacks)) {
+    if (steps < 1 || steps > 4 * kManyPacks || (plan.vector == 1 && steps > kFewPacks)) {
         return false;
     }
     plan.sharedBytes = static_cast<int64_t>(plan.sharedPacks) * plan.threads * 16 + otherShared;
     return plan.sharedBytes <= facts.sharedPerBlock - 1024;
-}
-
-inline void keepCheaper(Plan& best, Plan const& candidate) noexcept {
-    if (best.units == 0 || candidate.cost < best.cost) {
-        best = candidate;
-    }
 }
 
 struct Sizes {
@@ -145,33 +140,36 @@ inline double twoKernelCost(double bytes, DeviceFacts const& facts) noexcept {
     return 2.0 * kLaunchCost + 500.0 + moveCost(bytes / facts.processors, 3.0);
 }
 
-inline int32_t partialTiles(int64_t units, int64_t most, DeviceFacts const& facts) noexcept {
-    int64_t const wanted = ceilDiv(4 * static_cast<int64_t>(facts.processors), units);
+inline int32_t partialTiles(int64_t units, int64_t most, int64_t blocks, DeviceFacts const& facts) noexcept {
+    int64_t const wanted = ceilDiv(blocks * facts.processors, units);
     return static_cast<int32_t>(wanted < most ? wanted : most);
 }
 
 inline int64_t smaller(int64_t a, int64_t b) noexcept { return a < b ? a : b; }
 
-inline Plan planRun(GroupNormParams const& p, int32_t vector, Sizes const& sizes, DeviceFacts const& facts) noexcept {
+template <typename Consider>
+void considerRuns(GroupNormParams const& p, int32_t vector, Sizes const& sizes, DeviceFacts const& facts,
+    Consider consider) {
     int64_t const run = sizes.groupChannels * p.pixels / vector;
     int64_t const stage = sizes.groupChannels <= kStagedChannels ? sizes.groupChannels * 12 : 0;
     Plan base;
     base.vector = vector;
     base.units = p.batch * p.groups;
-    auto cut = [&](Plan& plan, int64_t tiles) {
+    auto cut = [&](Plan& plan, int64_t tiles, int64_t threads) {
         plan.tiles = static_cast<int32_t>(tiles);
         plan.chunk = ceilDiv(run, tiles);
-        plan.threads = static_cast<int32_t>(smaller(kMaxThreads, roundUp(plan.chunk, kWarpThreads)));
+        plan.threads = static_cast<int32_t>(smaller(threads, roundUp(plan.chunk, kWarpThreads)));
         return ceilDiv(plan.chunk, plan.threads);
     };
 
-    Plan best;
     int64_t const widest = facts.clusters ? kMaxCluster : 1;
-    for (int64_t tiles = 1; tiles <= widest && tiles <= run; tiles *= 2) {
-        Plan plan = base;
-        if (hold(plan, cut(plan, tiles), stage, facts)) {
-            plan.cost = heldCost(plan, static_cast<double>(plan.chunk * sizes.pack), facts);
-            keepCheaper(best, plan);
+    for (int32_t threads : kThreadChoices) {
+        for (int64_t tiles = 1; tiles <= widest && tiles <= run; tiles *= 2) {
+            Plan plan = base;
+            if (hold(plan, cut(plan, tiles, threads), stage, facts)) {
+                plan.cost = heldCost(plan, static_cast<double>(plan.chunk * sizes.pack), facts);
+                consider(plan);
+            }
         }
     }
     if (facts.cooperative && vector > 1) {
@@ -183,22 +181,24 @@ inline Plan planRun(GroupNormParams const& p, int32_t vector, Sizes const& sizes
         Plan plan = base;
         plan.stage = Stage::kGrid;
         int64_t const tiles = smaller(most, even > fewest ? even : fewest);
-        if (fewest <= most && hold(plan, cut(plan, tiles), stage, facts) &&
+        if (fewest <= most && hold(plan, cut(plan, tiles, kMaxThreads), stage, facts) &&
             gridLaunches(plan, static_cast<double>(plan.chunk * sizes.pack), facts)) {
             plan.packs = kManyPacks;
-            keepCheaper(best, plan);
+            consider(plan);
         }
     }
-    Plan plan = base;
-    plan.stage = Stage::kPartial;
-    int64_t const most = smaller(sizes.limit, ceilDiv(run, kPartialThreads * kFewPacks));
-    cut(plan, partialTiles(base.units, most, facts));
-    plan.threads = static_cast<int32_t>(smaller(plan.threads, kPartialThreads));
-    plan.packs = kFewPacks;
-    plan.sharedBytes = stage;
-    plan.cost = twoKernelCost(static_cast<double>(sizes.totalBytes), facts);
-    keepCheaper(best, plan);
-    return best;
+    for (int32_t threads : kThreadChoices) {
+        for (int32_t blocks : kPartialBlocks) {
+            Plan plan = base;
+            plan.stage = Stage::kPartial;
+            int64_t const most = smaller(sizes.limit, ceilDiv(run, threads * kFewPacks));
+            cut(plan, partialTiles(base.units, most, blocks, facts), threads);
+            plan.packs = kFewPacks;
+            plan.sharedBytes = stage;
+            plan.cost = twoKernelCost(static_cast<double>(sizes.totalBytes), facts);
+            consider(plan);
+        }
+    }
 }
 
 // Cuts the pixels into `tiles`; gives the steps that a block needs, or 0 where the columns are too many.
@@ -219,14 +219,14 @@ inline int64_t columnsShared(Plan const& plan, int64_t groupChannels) noexcept {
     return items * 8 + plan.rows * 4 + plan.bundleChannels / groupChannels * 20;
 }
 
-inline Plan planColumns(
-    GroupNormParams const& p, int32_t vector, Sizes const& sizes, DeviceFacts const& facts) noexcept {
+template <typename Consider>
+void considerColumns(GroupNormParams const& p, int32_t vector, Sizes const& sizes, DeviceFacts const& facts,
+    Consider consider) {
     int32_t width = vector;  // the greatest power of two that divides both
     while (sizes.groupChannels % width != 0) {
         width /= 2;
     }
     int64_t const least = vector / width * sizes.groupChannels;
-    Plan best;
     for (int64_t bundle = least; bundle <= p.channels && bundle / vector <= kMaxThreads; bundle += least) {
         if (p.channels % bundle != 0) {
             continue;
@@ -244,12 +244,14 @@ inline Plan planColumns(
         };
 
         int64_t const widest = facts.clusters ? kMaxCluster : 1;
-        for (int64_t tiles = 1; tiles <= widest && tiles <= p.pixels; tiles *= 2) {
-            Plan plan = base;
-            int64_t const steps = cutColumns(plan, p.pixels, tiles, kMaxThreads);
-            if (hold(plan, steps, columnsShared(plan, sizes.groupChannels), facts)) {
-                plan.cost = heldCost(plan, blockBytes(plan), facts);
-                keepCheaper(best, plan);
+        for (int32_t threads : kThreadChoices) {
+            for (int64_t tiles = 1; tiles <= widest && tiles <= p.pixels; tiles *= 2) {
+                Plan plan = base;
+                int64_t const steps = cutColumns(plan, p.pixels, tiles, threads);
+                if (hold(plan, steps, columnsShared(plan, sizes.groupChannels), facts)) {
+                    plan.cost = heldCost(plan, blockBytes(plan), facts);
+                    consider(plan);
+                }
             }
         }
         for (int64_t units = 1; facts.cooperative && units <= base.units; units *= 2) {
@@ -263,22 +265,27 @@ inline Plan planColumns(
             if (hold(plan, steps, columnsShared(plan, sizes.groupChannels), facts) &&
                 gridLaunches(plan, blockBytes(plan), facts)) {
                 plan.packs = kManyPacks;
-                keepCheaper(best, plan);
+                consider(plan);
             }
         }
-        Plan plan = base;
-        plan.stage = Stage::kPartial;
-        int64_t const threads = plan.columns > kPartialThreads ? kMaxThreads : kPartialThreads;
-        int64_t const most = smaller(sizes.limit, ceilDiv(p.pixels, threads / plan.columns * kFewPacks));
-        cutColumns(plan, p.pixels, partialTiles(base.units, most, facts), threads);
-        plan.packs = kFewPacks;
-        plan.sharedBytes = columnsShared(plan, sizes.groupChannels);
-        if (plan.sharedBytes <= facts.sharedPerBlock - 1024) {
-            plan.cost = twoKernelCost(waste * static_cast<double>(sizes.totalBytes), facts);
-            keepCheaper(best, plan);
+        for (int32_t threads : kThreadChoices) {
+            for (int32_t blocks : kPartialBlocks) {
+                Plan plan = base;
+                plan.stage = Stage::kPartial;
+                if (plan.columns > threads) {
+                    continue;
+                }
+                int64_t const most = smaller(sizes.limit, ceilDiv(p.pixels, threads / plan.columns * kFewPacks));
+                cutColumns(plan, p.pixels, partialTiles(base.units, most, blocks, facts), threads);
+                plan.packs = kFewPacks;
+                plan.sharedBytes = columnsShared(plan, sizes.groupChannels);
+                if (plan.sharedBytes <= facts.sharedPerBlock - 1024) {
+                    plan.cost = twoKernelCost(waste * static_cast<double>(sizes.totalBytes), facts);
+                    consider(plan);
+                }
+            }
         }
     }
-    return best;
 }
 
 }  // namespace plan_detail
@@ -294,26 +301,44 @@ inline bool alwaysHeld(GroupNormParams const& params) noexcept {
     return params.channels / params.groups * params.pixels <= kSmallGroup;
 }
 
-// `vectorised`: x and y allow 16-byte accesses.
-inline Plan planGroupNorm(GroupNormParams const& params, bool vectorised, DeviceFacts const& facts) noexcept {
+// Calls `consider(Plan const&)` with every plan that can run. `vectorised`: x and y allow 16-byte accesses.
+template <typename Consider>
+void considerPlans(GroupNormParams const& params, bool vectorised, DeviceFacts const& facts, Consider consider) {
     using namespace plan_detail;
     int64_t const size = elementSize(params.dataType);
     int32_t const vector = static_cast<int32_t>(16 / size);
     Sizes sizes{params.channels / params.groups, 16, params.batch * params.channels * params.pixels * size,
                 tileLimit(params)};
+    bool const held = alwaysHeld(params);  // without a workspace
     DeviceFacts offered = facts;
-    offered.cooperative = facts.cooperative && !alwaysHeld(params);
-    if (params.layout == Layout::kNHWC && vectorised && params.channels % vector == 0) {
-        Plan const plan = planColumns(params, vector, sizes, offered);
-        if (plan.units != 0 && !(alwaysHeld(params) && plan.stage != Stage::kHeld)) {
-            return plan;
+    offered.cooperative = facts.cooperative && !held;
+    bool found = false;
+    auto allowed = [&](Plan const& plan) {
+        if (!held || plan.stage == Stage::kHeld) {
+            found = true;
+            consider(plan);
         }
+    };
+    if (params.layout == Layout::kNHWC && vectorised && params.channels % vector == 0) {
+        considerColumns(params, vector, sizes, offered, allowed);
+    } else if (params.layout == Layout::kNCHW && vectorised && params.pixels % vector == 0) {
+        considerRuns(params, vector, sizes, offered, allowed);
     }
-    if (params.layout == Layout::kNCHW && vectorised && params.pixels % vector == 0) {
-        return planRun(params, vector, sizes, offered);
+    if (!found) {
+        sizes.pack = size;
+        considerRuns(params, 1, sizes, offered, allowed);
     }
-    sizes.pack = size;
-    return planRun(params, 1, sizes, offered);
+}
+
+// The cheapest of them by its estimate.
+inline Plan planGroupNorm(GroupNormParams const& params, bool vectorised, DeviceFacts const& facts) {
+    Plan best;
+    considerPlans(params, vectorised, facts, [&](Plan const& plan) {
+        if (best.units == 0 || plan.cost < best.cost) {
+            best = plan;
+        }
+    });
+    return best;
 }
 
 // The plan in a few words, for reports: "columns, cluster of 8, 16 units, 512 threads, 4+0 packs of 8".
@@ -334,5 +359,13 @@ inline std::string describePlan(Plan const& plan) {
 
 // The plan that `launchGroupNorm` would take on the current device, described.
 std::string groupNormPath(GroupNormParams const& params);
+
+// What `launchGroupNorm` plans with: the current device, and whether these pointers and strides allow wide accesses.
+cudaError_t deviceFacts(DeviceFacts& facts) noexcept;
+bool allowsVectors(GroupNormParams const& params) noexcept;
+
+// `launchGroupNorm` by a plan of `considerPlans` for these parameters, to compare plans. The workspace is as large as
+// `groupNormWorkspaceSize` says.
+cudaError_t launchPlan(GroupNormParams const& params, Plan const& plan, void* workspace, cudaStream_t stream) noexcept;
 
 }  // namespace canny2image

@@ -1,10 +1,11 @@
 // Checks the GroupNorm kernels on the machine's GPU against sums in double precision on the host, and times them.
 //
 //   nvcc -std=c++17 -O3 -arch=native plugins/kernel_check.cu plugins/group_norm_kernels.cu -o kernel_check
-//   ./kernel_check [--cases N] [--seed S] [--no-timing]
+//   ./kernel_check [--cases N] [--seed S] [--no-timing | --plans FILE]
 //
 // Exit status 0 where all is well, 1 where a check fails, 2 where CUDA does. For compute-sanitizer use few cases and
-// --no-timing.
+// --no-timing. --plans times every plan that could run each norm of sd15, not the one taken only, and writes them
+// to a file of comma-separated values: what the estimates of group_norm_plan.h are fitted to.
 #include "group_norm.h"
 #include "group_norm_plan.h"
 
@@ -235,6 +236,14 @@ std::string nameCase(Case const& c) {
     return text;
 }
 
+std::vector<Plan> allPlans(GroupNormParams const& params) {
+    DeviceFacts facts;
+    std::vector<Plan> plans;
+    check(deviceFacts(facts), "device");
+    considerPlans(params, allowsVectors(params), facts, [&](Plan const& plan) { plans.push_back(plan); });
+    return plans;
+}
+
 constexpr size_t kGuard = 256;
 constexpr int kPoison = 0x7f;  // what no kernel may leave in y, nor change around it
 
@@ -254,17 +263,22 @@ public:
         mBiasDevice.put(mBias);
     }
 
-    // An empty string, or what is wrong. `worst` is the error as a part of its bound.
-    std::string run(cudaStream_t stream, double& worst, std::string& path) {
+    // An empty string, or what is wrong. `worst` is the error as a part of its bound. `choice` picks one of the plans
+    // that could run; 0 stands for the one that `launchGroupNorm` takes.
+    std::string run(cudaStream_t stream, uint64_t choice, double& worst, std::string& path) {
         GroupNormParams params = mCase.params;
         params.x = mXDevice.data() + mOffset;
         params.y = mYDevice.data() + mOffset;
         params.gamma = mGammaDevice.data();
         params.beta = mBetaDevice.data();
         params.channelBias = mCase.hasBias ? mBiasDevice.data() : nullptr;
-        path = groupNormPath(params);
+        std::vector<Plan> const plans = allPlans(params);
+        Plan const& plan = plans[choice % plans.size()];
+        path = choice == 0 ? groupNormPath(params) : describePlan(plan);
         auto const launch = [&](cudaStream_t on) {
-            check(launchGroupNorm(params, mWorkspace.data(), mWorkspace.size() - kGuard, on), "launchGroupNorm");
+            check(choice == 0 ? launchGroupNorm(params, mWorkspace.data(), mWorkspace.size() - kGuard, on)
+                              : launchPlan(params, plan, mWorkspace.data(), on),
+                "launch");
         };
         reset();
         launch(stream);
@@ -409,12 +423,15 @@ int checkCases(int count, uint64_t seed, cudaStream_t stream) {
     for (Case const& c : cases) {
         double worst = 0.0;
         std::string path;
-        std::string const fault = CaseRun(c, random).run(stream, worst, path);
-        failures += fault.empty() ? 0 : 1;
-        std::printf("%-4s %6.3f of bound  %s | %s%s%s\n", fault.empty() ? "ok" : "FAIL", worst, nameCase(c).c_str(),
-            path.c_str(), fault.empty() ? "" : ": ", fault.c_str());
+        CaseRun prepared(c, random);
+        for (uint64_t const choice : {uint64_t{0}, 1 + random() % 1000}) {  // the plan taken, and any other
+            std::string const fault = prepared.run(stream, choice, worst, path);
+            failures += fault.empty() ? 0 : 1;
+            std::printf("%-4s %6.3f of bound  %s | %s%s%s\n", fault.empty() ? "ok" : "FAIL", worst, nameCase(c).c_str(),
+                path.c_str(), fault.empty() ? "" : ": ", fault.c_str());
+        }
     }
-    std::printf("%zu cases, %d failed\n", cases.size(), failures);
+    std::printf("%zu cases by two plans each, %d failed\n", cases.size(), failures);
     return failures;
 }
 
@@ -443,7 +460,9 @@ int checkRefusals(cudaStream_t stream) {
     bad = good;
     bad.biasType = DataType::kBFloat16;
     refused("a bias of a third type", bad, workspace.size());
-    refused("a small workspace", good, workspace.size() - 1);
+    if (workspace.size() > 0) {
+        refused("a small workspace", good, workspace.size() - 1);
+    }
     return failures;
 }
 
@@ -461,16 +480,15 @@ struct Timing {
 
 // Microseconds of one launch, from graphs of `calls` launches each.
 template <typename Record>
-Timing timeGraph(cudaStream_t stream, int calls, Record record) {
-    constexpr int kWarmUp = 5;
-    constexpr int kRepeats = 30;
+Timing timeGraph(cudaStream_t stream, int calls, Record record, int repeats = 30) {
+    constexpr int kWarmUp = 3;
     Graph const graph(stream, record);
     cudaEvent_t begin = nullptr;
     cudaEvent_t end = nullptr;
     check(cudaEventCreate(&begin), "event");
     check(cudaEventCreate(&end), "event");
     std::vector<double> times;
-    for (int i = 0; i < kWarmUp + kRepeats; ++i) {
+    for (int i = 0; i < kWarmUp + repeats; ++i) {
         float milliseconds = 0.0F;
         check(cudaEventRecord(begin, stream), "event");
         graph.launch(stream);
@@ -541,7 +559,7 @@ void timeShape(GroupNormParams params, bool cold, cudaDeviceProp const& device, 
 void timeAll(cudaDeviceProp const& device, cudaStream_t stream) {
     std::printf(
         "\nfp16 with SiLU; microseconds a launch in a graph of at least 40, median (least to most) of 30 graphs after "
-        "5.\nwarm: the same input and output each time, from the L2 cache of %.0f MiB where both fit; cold: buffers of "
+        "3.\nwarm: the same input and output each time, from the L2 cache of %.0f MiB where both fit; cold: buffers of "
         "4 times that cache in turn.\n\n",
         device.l2CacheSize / 0x1p20);
     std::printf("| N x C x pixels | layout | cache | MiB | norm us | copy us | copy / norm | norm GB/s | path |\n");
@@ -555,12 +573,64 @@ void timeAll(cudaDeviceProp const& device, cudaStream_t stream) {
     }
 }
 
+void timePlans(GroupNormParams params, cudaDeviceProp const& device, cudaStream_t stream, std::FILE* file) {
+    constexpr size_t kFewestCalls = 20;
+    size_t const size = elementsOf(params) * sizeOf(params.dataType);
+    bool const cold = 2 * size > static_cast<size_t>(device.l2CacheSize);
+    Buffers const buffers(size, cold, static_cast<size_t>(device.l2CacheSize));
+    size_t const pairs = buffers.memory.size() / 2;
+    size_t const calls = (kFewestCalls + pairs - 1) / pairs * pairs;
+    Memory const parameters(static_cast<size_t>(params.channels) * sizeOf(params.parameterType));
+    Memory const workspace(groupNormWorkspaceSize(params));
+    parameters.fill(0x3c);
+    check(cudaDeviceSynchronize(), "buffers");
+    params.gamma = params.beta = parameters.data();
+    params.x = buffers.x(0);
+    params.y = buffers.y(0);
+    for (Plan const& plan : allPlans(params)) {
+        Timing const time = timeGraph(
+            stream, static_cast<int>(calls),
+            [&](cudaStream_t on) {
+                for (size_t i = 0; i < calls; ++i) {
+                    params.x = buffers.x(i);
+                    params.y = buffers.y(i);
+                    check(launchPlan(params, plan, workspace.data(), on), "launchPlan");
+                }
+            },
+            7);
+        std::fprintf(file, "%lld,%lld,%lld,%s,%s,%d,%d,%d,%d,%d,%d,%lld,%lld,%lld,%d,%lld,%.0f,%.3f,%.3f\n",
+            static_cast<long long>(params.batch), static_cast<long long>(params.channels),
+            static_cast<long long>(params.pixels), params.layout == Layout::kNHWC ? "NHWC" : "NCHW",
+            cold ? "cold" : "warm", static_cast<int>(plan.stage), plan.bundleChannels, plan.tiles, plan.threads,
+            plan.packs, plan.sharedPacks, static_cast<long long>(plan.units),
+            static_cast<long long>(plan.unitsPerLaunch), static_cast<long long>(plan.chunk), plan.rows,
+            static_cast<long long>(plan.sharedBytes), plan.cost, time.median, time.least);
+    }
+}
+
+void writePlans(char const* path, cudaDeviceProp const& device, cudaStream_t stream) {
+    std::FILE* const file = std::fopen(path, "w");
+    if (file == nullptr) {
+        std::fprintf(stderr, "kernel_check: cannot write %s\n", path);
+        std::exit(2);
+    }
+    std::fprintf(file, "batch,channels,pixels,layout,cache,stage,bundle,tiles,threads,packs,shared_packs,units,"
+                       "units_per_launch,chunk,rows,shared_bytes,estimate_ns,median_us,least_us\n");
+    for (Shape3 const& shape : kSd15) {
+        for (Layout layout : {Layout::kNCHW, Layout::kNHWC}) {
+            timePlans(sd15Params(shape, layout), device, stream, file);
+        }
+    }
+    std::fclose(file);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
     int cases = 400;
     uint64_t seed = 1;
     bool timing = true;
+    char const* plans = nullptr;
     for (int i = 1; i < argc; ++i) {
         bool const hasNext = i + 1 < argc;
         if (std::strcmp(argv[i], "--cases") == 0 && hasNext) {
@@ -569,8 +639,10 @@ int main(int argc, char** argv) {
             seed = std::strtoull(argv[++i], nullptr, 10);
         } else if (std::strcmp(argv[i], "--no-timing") == 0) {
             timing = false;
+        } else if (std::strcmp(argv[i], "--plans") == 0 && hasNext) {
+            plans = argv[++i];
         } else {
-            std::fprintf(stderr, "usage: kernel_check [--cases N] [--seed S] [--no-timing]\n");
+            std::fprintf(stderr, "usage: kernel_check [--cases N] [--seed S] [--no-timing | --plans FILE]\n");
             return 2;
         }
     }
@@ -583,7 +655,9 @@ int main(int argc, char** argv) {
     std::printf("%s, compute capability %d.%d, %d SMs, CUDA %d\n", device.name, device.major, device.minor,
         device.multiProcessorCount, CUDART_VERSION);
     int const failures = checkRefusals(stream) + checkCases(cases, seed, stream);
-    if (timing && failures == 0) {
+    if (failures == 0 && plans != nullptr) {
+        writePlans(plans, device, stream);
+    } else if (failures == 0 && timing) {
         timeAll(device, stream);
     }
     check(cudaStreamDestroy(stream), "stream");

@@ -25,7 +25,7 @@ COLOURS = ("red", "yellow", "blue")
 # The first colour is shown at each of these, the others at the last.
 STRENGTHS = (0.0, 0.5, 1.0)
 NUM_SCENES = 3
-PHOTOS = (("eagle.jpg", "bird"), ("dandelion.jpg", "flower"), ("cat.jpg", "cat"))
+PHOTOS = (("eagle.jpg", "bird"), ("dandelion.jpg", "flower"), ("coffee.jpg", "cup"), ("cat.jpg", "cat"))
 DEFAULT_NOUN = "bird"
 SEED = 2946901
 CELL_WIDTH = 240

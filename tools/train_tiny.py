@@ -39,9 +39,9 @@ def parse_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile: slower steps, no waiting")
     parser.add_argument("--lock-unet", action="store_true", help="train the ControlNet alone, as its paper does")
     for stage, (steps, batch, rate) in {
-        "autoencoder": (4_500, 48, 1e-3),
-        "unet": (6_000, 512, 1e-3),
-        "control": (7_000, 256, 8e-4),
+        "autoencoder": (4_200, 48, 1e-3),
+        "unet": (6_500, 512, 1e-3),
+        "control": (3_300, 256, 8e-4),
     }.items():
         parser.add_argument(f"--{stage}-steps", type=int, default=steps, help="default %(default)s")
         parser.add_argument(f"--{stage}-batch", type=int, default=batch, help="default %(default)s")

@@ -22,7 +22,11 @@ __device__ __forceinline__ unsigned char* sharedMemory() {
 
 __device__ __forceinline__ void blockSync() { __syncthreads(); }
 
-__device__ __forceinline__ float shuffleFrom(float value, int lane) { return __shfl_sync(kAllLanes, value, lane); }
+// Of the `Width` neighbouring lanes, the value of the one at `lane`.
+template <int Width>
+__device__ __forceinline__ float shuffleFrom(float value, int lane) {
+    return __shfl_sync(kAllLanes, value, lane, Width);
+}
 
 __device__ __forceinline__ float shuffleXor(float value, int mask) { return __shfl_xor_sync(kAllLanes, value, mask); }
 
@@ -40,14 +44,14 @@ __device__ __forceinline__ void clusterWait() {
 #endif
 }
 
-// The same place of shared memory in the cluster's block `rank`.
+// Writes to the same place of shared memory in the cluster's block `rank`.
 template <typename T>
-__device__ __forceinline__ T const* peerShared(T* local, unsigned rank) {
+__device__ __forceinline__ void storePeer(T* local, unsigned rank, T const& value) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    return cooperative_groups::this_cluster().map_shared_rank(local, rank);
+    *cooperative_groups::this_cluster().map_shared_rank(local, rank) = value;
 #else
     (void)rank;
-    return local;
+    *local = value;
 #endif
 }
 
@@ -56,16 +60,6 @@ __device__ __forceinline__ void gridSync() { cooperative_groups::this_grid().syn
 
 // A value that another block of this launch may have written: not from this SM's first-level cache.
 __device__ __forceinline__ float loadShared(float const* place) { return __ldcg(place); }
-
-// Fetches the line of `place` ahead of its use.
-__device__ __forceinline__ void prefetch(void const* place) { asm volatile("prefetch.global.L1 [%0];" ::"l"(place)); }
-
-// The larger one, or NaN where either is (fmaxf would drop it).
-__device__ __forceinline__ float maxOrNan(float a, float b) {
-    float result;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
-    return result;
-}
 
 __device__ __forceinline__ float exp2Fast(float x) {
     float result;
@@ -83,11 +77,10 @@ __device__ __forceinline__ float reciprocalRoot(float x) { return rsqrtf(x); }
 
 __device__ __forceinline__ unsigned multiplyHigh(unsigned a, unsigned b) { return __umulhi(a, b); }
 
-// x / (1 + exp(-x)). Below -100 it is zero in FP32; without that bound minus infinity would give -inf * 0.
+// x / (1 + exp(-x)), which of minus infinity is NaN.
 __device__ __forceinline__ float silu(float x) {
     constexpr float kLog2E = 1.4426950408889634F;
-    float const bounded = maxOrNan(x, -100.0F);
-    return bounded * reciprocalFast(1.0F + exp2Fast(-kLog2E * bounded));
+    return x * reciprocalFast(1.0F + exp2Fast(-kLog2E * x));
 }
 
 __device__ __forceinline__ float toFloat(float x) { return x; }

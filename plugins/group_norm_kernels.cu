@@ -1,15 +1,19 @@
 // The kernels of GroupNorm and their launches; group_norm_plan.h says how a call is cut into blocks.
 //
-// Statistics. A thread sums its elements about the first of them, so what cancels is at most as many roundings as it
+// Statistics. A thread sums its elements about a value near them, so what cancels is at most as many roundings as it
 // has elements, whatever the mean; it then holds (count, mean, M2), where M2 is the sum of squared deviations. Such
-// triples are merged by lane, warp, block, cluster and tile, each time about the first triple's mean. The order is
-// fixed by sizes alone and no sum is atomic, so equal inputs give equal bits. NaN and infinity spread to all of
-// their group.
+// triples are merged by lane, warp, block, cluster and tile: for FP32 data the mean first and M2 about it after, for the
+// half types in one go about the first triple's mean. The order is fixed by sizes alone and no sum is atomic, so equal
+// inputs give equal bits. NaN and infinity spread to all of their group.
+//
+// Small maps are a race against latency: parameters are asked for together with the elements, indices come from
+// multiplications, and what one thread can do for all is done by one.
 #include "group_norm_device.cuh"
 #include "group_norm_plan.h"
 
 #include <cmath>
 #include <mutex>
+#include <type_traits>
 
 namespace canny2image {
 namespace {
@@ -34,26 +38,25 @@ struct Arguments {
     uint32_t channels;
     uint32_t pixels;
     uint32_t groupChannels;
-    uint32_t unitsPerSample;
     uint32_t tiles;
     uint32_t chunk;        // of a tile: packs (run) or pixels (columns)
     uint32_t sharedPacks;  // of a thread
     uint32_t run;          // packs of a group
-    Divisor runDivisor;    // NCHW: packs of one channel; NHWC: channels of a group
-    Divisor groupDivisor;  // columns: channels of a group
-    Divisor itemDivisor;   // columns: items of a group in one row
+    Divisor tilesDivisor;
+    Divisor unitsDivisor;    // units of a sample
+    Divisor runDivisor;      // NCHW: packs of one channel; NHWC: channels of a group
+    Divisor columnsDivisor;  // columns: packs of a bundle's channels
+    Divisor rowsDivisor;     // columns: pixels that a block takes at once
+    Divisor itemDivisor;     // columns: items of a group in one row
     uint32_t bundleChannels;
-    uint32_t columns;
-    uint32_t rows;
     uint32_t itemWidth;
     float epsilon;
     bool silu;
     bool nhwc;
-    bool staged;            // the group's gamma, beta and bias go through shared memory
+    bool staged;            // run: the group's gamma, beta and bias go through shared memory
     bool parameterFloat;    // gamma and beta are FP32, else the data's type
     bool biasFloat;         // the same of the bias
-    bool parameterAligned;  // gamma and beta allow 16-byte accesses
-    bool biasAligned;
+    bool biasAligned;       // the bias allows 16-byte accesses
 };
 
 __device__ __forceinline__ uint32_t divide(uint32_t n, Divisor const& by) {
@@ -67,52 +70,69 @@ __device__ __forceinline__ Moments makeMoments(float count, float shift, float s
     if (!(count > 0.0F)) {
         return {0.0F, 0.0F, 0.0F};
     }
-    float const mean = sum / count;
+    float const mean = sum * reciprocalFast(count);
     float const m2 = squares - sum * mean;
     return {count, shift + mean, m2 < 0.0F ? 0.0F : m2};  // NaN is not below zero and stays
 }
 
-// Adds a triple to sums about `shift`. An empty one adds nothing, even where its distance would overflow.
+// Distance of a triple's mean; an empty one is nowhere, even where its distance would overflow.
+__device__ __forceinline__ float distanceOf(Moments const& m, float shift) {
+    return m.count > 0.0F ? m.mean - shift : 0.0F;
+}
+
+// Adds a triple to sums about `shift`.
 __device__ __forceinline__ void addMoments(Moments const& m, float shift, float& count, float& sum, float& squares) {
-    float const distance = m.count > 0.0F ? m.mean - shift : 0.0F;
+    float const distance = distanceOf(m, shift);
     float const weighted = m.count * distance;
     count += m.count;
     sum += weighted;
     squares += m.m2 + weighted * distance;
 }
 
-// Sums over a warp, the same bits in every lane.
-__device__ __forceinline__ Moments sumWarp(float count, float shift, float sum, float squares) {
-#pragma unroll
-    for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-        count += shuffleXor(count, mask);
-        sum += shuffleXor(sum, mask);
-        squares += shuffleXor(squares, mask);
-    }
-    return makeMoments(count, shift, sum, squares);
-}
-
-// Merges the triples of a warp's lanes. Lane 0's is empty only where all are.
-__device__ __forceinline__ Moments mergeWarp(Moments const& own) {
-    float const shift = shuffleFrom(own.mean, 0);
+// Merges the triples of `Lanes` neighbouring lanes; all of them get the same bits. The first of them is empty only where
+// all are.
+template <bool Exact, int Lanes>
+__device__ __forceinline__ Moments mergeLanes(Moments const& own) {
+    float const shift = shuffleFrom<Lanes>(own.mean, 0);
     float count = 0.0F;
     float sum = 0.0F;
     float squares = 0.0F;
     addMoments(own, shift, count, sum, squares);
-    return sumWarp(count, shift, sum, squares);
+#pragma unroll
+    for (int mask = Lanes / 2; mask > 0; mask /= 2) {
+        count += shuffleXor(count, mask);
+        sum += shuffleXor(sum, mask);
+        if (!Exact) {
+            squares += shuffleXor(squares, mask);
+        }
+    }
+    Moments merged = makeMoments(count, shift, sum, squares);
+    if (Exact) {
+        float const distance = distanceOf(own, merged.mean);
+        float m2 = own.m2 + own.count * distance * distance;
+#pragma unroll
+        for (int mask = Lanes / 2; mask > 0; mask /= 2) {
+            m2 += shuffleXor(m2, mask);
+        }
+        merged.m2 = m2;
+    }
+    return merged;
 }
 
 // Merges one group's partial moments of all tiles, a warp together.
+template <bool Exact>
 __device__ __forceinline__ Moments mergeTiles(float const* partials, uint32_t tiles, uint32_t lane) {
-    float const shift = loadShared(partials + 1);
     float count = 0.0F;
     float sum = 0.0F;
     float squares = 0.0F;
+    float const* const own = partials + 3 * lower(lane, tiles - 1);
+    float const shift = loadShared(own + 1);
+#pragma unroll 2
     for (uint32_t tile = lane; tile < tiles; tile += kWarp) {
         float const* place = partials + 3 * tile;
         addMoments({loadShared(place), loadShared(place + 1), loadShared(place + 2)}, shift, count, sum, squares);
     }
-    return sumWarp(count, shift, sum, squares);
+    return mergeLanes<Exact, kWarp>(makeMoments(count, shift, sum, squares));
 }
 
 __device__ __forceinline__ void storeMoments(float* place, Moments const& m) {
@@ -153,9 +173,22 @@ __device__ __forceinline__ void loadParameters(
     }
 }
 
-__device__ __forceinline__ float finish(float x, float centre, float scale, float beta, bool withSilu) {
-    float const y = (x - centre) * scale + beta;
-    return withSilu ? silu(y) : y;
+// What turns an element into a result. The mean is taken off before the multiplication: folded into the addition, its
+// rounding would be scaled up where the deviation is small.
+struct Affine {
+    float centre;
+    float scale;
+    float beta;
+};
+
+__device__ __forceinline__ Affine makeAffine(float mean, float inverse, float4 const& parameters) {
+    return {mean - parameters.z, inverse * parameters.x, parameters.y};
+}
+
+template <bool WithSilu>
+__device__ __forceinline__ float finish(float x, Affine const& by) {
+    float const y = (x - by.centre) * by.scale + by.beta;
+    return WithSilu ? silu(y) : y;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -168,8 +201,9 @@ struct Run {
     uint32_t group;
     int64_t base;  // of the group's first element
 
-    __device__ __forceinline__ explicit Run(Arguments const& arguments, uint32_t unit)
-        : a(arguments), sample(unit / arguments.unitsPerSample), group(unit % arguments.unitsPerSample) {
+    __device__ __forceinline__ Run(Arguments const& arguments, uint32_t unit)
+        : a(arguments), sample(divide(unit, arguments.unitsDivisor)),
+          group(unit - sample * arguments.unitsDivisor.divisor) {
         int64_t const first = static_cast<int64_t>(group) * a.groupChannels;
         base = sample * a.sampleStride + (a.nhwc ? first : first * a.pixels);
     }
@@ -188,29 +222,41 @@ struct Run {
     __device__ __forceinline__ Pack<T, V> load(uint32_t i) const {
         return *reinterpret_cast<Pack<T, V> const*>(static_cast<T const*>(a.x) + place(i));
     }
-    __device__ __forceinline__ float bias(uint32_t i) const {
-        if (a.bias == nullptr) {
-            return 0.0F;
-        }
-        int64_t const row = static_cast<int64_t>(sample) * a.channels + group * a.groupChannels;
-        return loadScalar<T>(a.bias, row + channel(i), a.biasFloat);
+    __device__ __forceinline__ void store(uint32_t i, Pack<T, V> const& pack) const {
+        *reinterpret_cast<Pack<T, V>*>(static_cast<T*>(a.y) + place(i)) = pack;
+    }
+    // gamma, beta and bias of one of the group's channels, from memory.
+    __device__ __forceinline__ float4 parameters(uint32_t c) const {
+        uint32_t const index = group * a.groupChannels + c;
+        float const bias = a.bias == nullptr
+            ? 0.0F
+            : loadScalar<T>(a.bias, static_cast<int64_t>(sample) * a.channels + index, a.biasFloat);
+        return make_float4(loadScalar<T>(a.gamma, index, a.parameterFloat),
+            loadScalar<T>(a.beta, index, a.parameterFloat), bias, 0.0F);
     }
 };
 
-// Sums of a thread's elements about the first of them.
+// Sums of a thread's elements about the mean of its first pack.
+template <typename T, int V>
 struct ThreadSums {
     float shift{0.0F};
     float sum{0.0F};
     float squares{0.0F};
     uint32_t packs{0};
 
-    template <typename T, int V>
+    __device__ __forceinline__ void begin(Pack<T, V> const& pack, float bias) {
+        float value[V];
+        pack.unpack(value);
+        float total = 0.0F;
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+            total += value[j];
+        }
+        shift = total * (1.0F / V) + bias;
+    }
     __device__ __forceinline__ void add(Pack<T, V> const& pack, float bias) {
         float value[V];
         pack.unpack(value);
-        if (packs == 0) {
-            shift = value[0] + bias;
-        }
         float const centre = shift - bias;
 #pragma unroll
         for (int j = 0; j < V; ++j) {
@@ -220,98 +266,93 @@ struct ThreadSums {
         }
         ++packs;
     }
+    __device__ __forceinline__ Moments moments() const {
+        return makeMoments(static_cast<float>(packs * V), shift, sum, squares);
+    }
 };
 
-// gamma, beta and bias of the group's channels, behind the held packs: three arrays of groupChannels floats.
-template <typename T>
-__device__ __forceinline__ void stageParameters(Arguments const& a, uint32_t sample, uint32_t group, float* staged) {
-    for (uint32_t c = threadIdx.x; c < a.groupChannels; c += blockDim.x) {
-        uint32_t const channel = group * a.groupChannels + c;
-        staged[c] = loadScalar<T>(a.gamma, channel, a.parameterFloat);
-        staged[a.groupChannels + c] = loadScalar<T>(a.beta, channel, a.parameterFloat);
-        staged[2 * a.groupChannels + c] = a.bias == nullptr
-            ? 0.0F
-            : loadScalar<T>(a.bias, static_cast<int64_t>(sample) * a.channels + channel, a.biasFloat);
-    }
-}
-
-template <typename T, int V>
-__device__ __forceinline__ void writeRun(
-    Run<T, V> const& run, uint32_t i, Pack<T, V> pack, Moments const& all, float inverse, float const* staged) {
-    Arguments const& a = run.a;
-    uint32_t const c = run.channel(i);
-    float gamma;
-    float beta;
-    float bias;
-    if (a.staged) {
-        gamma = staged[c];
-        beta = staged[a.groupChannels + c];
-        bias = staged[2 * a.groupChannels + c];
-    } else {
-        gamma = loadScalar<T>(a.gamma, run.group * a.groupChannels + c, a.parameterFloat);
-        beta = loadScalar<T>(a.beta, run.group * a.groupChannels + c, a.parameterFloat);
-        bias = run.bias(i);
-    }
-    float const centre = all.mean - bias;
-    float const scale = inverse * gamma;
-    float value[V];
-    pack.unpack(value);
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
-        value[j] = finish(value[j], centre, scale, beta, a.silu);
-    }
-    pack.pack(value);
-    *reinterpret_cast<Pack<T, V>*>(static_cast<T*>(a.y) + run.place(i)) = pack;
-}
-
 // Merges a block's threads: every thread gets the block's triple.
-__device__ __forceinline__ Moments mergeBlock(ThreadSums const& own, float elements) {
+template <bool Exact>
+__device__ __forceinline__ Moments mergeBlock(Moments const& own) {
     __shared__ Moments warps[kMaxThreads / kWarp];
     uint32_t const lane = threadIdx.x % kWarp;
-    Moments const warp = mergeWarp(makeMoments(elements, own.shift, own.sum, own.squares));
+    Moments const warp = mergeLanes<Exact, kWarp>(own);
     if (lane == 0) {
         warps[threadIdx.x / kWarp] = warp;
     }
     blockSync();
-    return mergeWarp(lane < blockDim.x / kWarp ? warps[lane] : Moments{0.0F, 0.0F, 0.0F});
+    constexpr int kWarps = kMaxThreads / kWarp;
+    uint32_t const place = lane % kWarps;
+    return mergeLanes<Exact, kWarps>(place < blockDim.x / kWarp ? warps[place] : Moments{0.0F, 0.0F, 0.0F});
 }
 
 template <typename T, int V, int R, Stage S>
 __global__ void __launch_bounds__(kMaxThreads, R <= kFewPacks ? 2 : 1) runKernel(Arguments const a) {
-    __shared__ Moments published;
-    uint32_t const unit = a.firstUnit + blockIdx.x / a.tiles;
-    uint32_t const tile = blockIdx.x % a.tiles;
+    __shared__ Moments peers[kMaxCluster];
+    constexpr bool kExact = sizeof(T) == 4;
+    constexpr bool kParks = (S == Stage::kHeld || S == Stage::kGrid) && R == kManyPacks;
+    uint32_t const wholeUnit = divide(blockIdx.x, a.tilesDivisor);
+    uint32_t const tile = blockIdx.x - wholeUnit * a.tiles;
+    uint32_t const unit = a.firstUnit + wholeUnit;
     uint32_t const lane = threadIdx.x % kWarp;
     uint32_t const step = blockDim.x;
     uint32_t const first = lower(tile * a.chunk, a.run) + threadIdx.x;
     uint32_t const end = lower((tile + 1) * a.chunk, a.run);
+    bool const cluster = S == Stage::kHeld && a.tiles > 1;
+    if (cluster) {
+        clusterArrive();  // before a block writes into its peers, they must have begun
+    }
     Run<T, V> const run(a, unit);
     Pack<T, V>* const parked = reinterpret_cast<Pack<T, V>*>(sharedMemory()) + threadIdx.x;  // this thread's alone
-    float* const staged = reinterpret_cast<float*>(sharedMemory() + static_cast<size_t>(a.sharedPacks) * step * 16);
+    float4* const staged = reinterpret_cast<float4*>(sharedMemory() + static_cast<size_t>(a.sharedPacks) * step * 16);
     float* const partials = a.partials + static_cast<size_t>(unit) * a.tiles * 3;
 
     Pack<T, V> held[R];
+    auto const loadBatch = [&](uint32_t batch) {
+#pragma unroll
+        for (int k = 0; k < R; ++k) {
+            if (batch + k * step < end) {
+                held[k] = run.load(batch + k * step);
+            }
+        }
+    };
+    auto const parametersOf = [&](uint32_t i) {
+        uint32_t const c = run.channel(i);
+        return a.staged ? staged[c] : run.parameters(c);
+    };
+    auto const biasOf = [&](uint32_t i) { return a.bias == nullptr ? 0.0F : parametersOf(i).z; };
+
+    loadBatch(first);
+    if (a.staged && (S != Stage::kPartial || a.bias != nullptr)) {
+        for (uint32_t c = threadIdx.x; c < a.groupChannels; c += step) {
+            staged[c] = run.parameters(c);
+        }
+        if (a.bias != nullptr || S == Stage::kApply) {
+            blockSync();  // without a bias, the barrier of mergeBlock is soon enough
+        }
+    }
+
     Moments all{0.0F, 0.0F, 0.0F};
     if constexpr (S != Stage::kApply) {
-        ThreadSums sums;
+        ThreadSums<T, V> sums;
+        if (first < end) {
+            sums.begin(held[0], biasOf(first));
+        }
         for (uint32_t batch = first; batch < end; batch += R * step) {
-#pragma unroll
-            for (int k = 0; k < R; ++k) {
-                if (batch + k * step < end) {
-                    held[k] = run.load(batch + k * step);
-                }
+            if (S == Stage::kPartial && batch != first) {
+                loadBatch(batch);
             }
 #pragma unroll
             for (int k = 0; k < R; ++k) {
                 if (batch + k * step < end) {
-                    sums.add(held[k], run.bias(batch + k * step));
+                    sums.add(held[k], biasOf(batch + k * step));
                 }
             }
             if (S != Stage::kPartial) {
                 break;  // the rest is parked below
             }
         }
-        if constexpr (S != Stage::kPartial && R == kManyPacks) {
+        if constexpr (kParks) {
             for (uint32_t k = 0; k < a.sharedPacks; k += kFewPacks) {
                 Pack<T, V> some[kFewPacks];
                 uint32_t const from = first + (R + k) * step;
@@ -324,16 +365,13 @@ __global__ void __launch_bounds__(kMaxThreads, R <= kFewPacks ? 2 : 1) runKernel
 #pragma unroll
                 for (int j = 0; j < kFewPacks; ++j) {
                     if (k + j < a.sharedPacks && from + j * step < end) {
-                        sums.add(some[j], run.bias(from + j * step));
+                        sums.add(some[j], biasOf(from + j * step));
                         parked[(k + j) * step] = some[j];
                     }
                 }
             }
         }
-        if (S != Stage::kPartial && a.staged) {
-            stageParameters<T>(a, run.sample, run.group, staged);  // seen by all after the barrier of mergeBlock
-        }
-        all = mergeBlock(sums, static_cast<float>(sums.packs) * V);
+        all = mergeBlock<kExact>(sums.moments());
         if constexpr (S == Stage::kPartial || S == Stage::kGrid) {
             if (threadIdx.x == 0) {
                 storeMoments(partials + 3 * tile, all);
@@ -343,54 +381,61 @@ __global__ void __launch_bounds__(kMaxThreads, R <= kFewPacks ? 2 : 1) runKernel
             }
             gridSync();
         }
-    } else if (a.staged) {
-        stageParameters<T>(a, run.sample, run.group, staged);
-        blockSync();
     }
-
-    bool const cluster = S == Stage::kHeld && a.tiles > 1;
     if (cluster) {
-        if (threadIdx.x == 0) {
-            published = all;
+        clusterWait();
+        if (threadIdx.x < a.tiles) {
+            storePeer(peers + tile, threadIdx.x, all);
         }
         clusterArrive();
         clusterWait();
-        all = mergeWarp(lane < a.tiles ? *peerShared(&published, lane) : Moments{0.0F, 0.0F, 0.0F});
-        clusterArrive();  // this block has read its peers; the wait at the end keeps its own memory until they have too
+        uint32_t const rank = lane % kMaxCluster;
+        all = mergeLanes<kExact, kMaxCluster>(rank < a.tiles ? peers[rank] : Moments{0.0F, 0.0F, 0.0F});
     } else if constexpr (S != Stage::kHeld) {
-        all = mergeTiles(partials, a.tiles, lane);
+        all = mergeTiles<kExact>(partials, a.tiles, lane);
     }
     float const inverse = deviationInverse(all, a.epsilon);
 
-    for (uint32_t batch = first; batch < end; batch += R * step) {
-        if constexpr (S == Stage::kApply) {
+    auto const writeAll = [&](auto withSilu) {
+        auto const write = [&](uint32_t i, Pack<T, V> pack) {
+            Affine const by = makeAffine(all.mean, inverse, parametersOf(i));
+            float value[V];
+            pack.unpack(value);
+#pragma unroll
+            for (int j = 0; j < V; ++j) {
+                value[j] = finish<decltype(withSilu)::value>(value[j], by);
+            }
+            pack.pack(value);
+            run.store(i, pack);
+        };
+        for (uint32_t batch = first; batch < end; batch += R * step) {
+            if (S == Stage::kApply && batch != first) {
+                loadBatch(batch);
+            }
 #pragma unroll
             for (int k = 0; k < R; ++k) {
                 if (batch + k * step < end) {
-                    held[k] = run.load(batch + k * step);
+                    write(batch + k * step, held[k]);
+                }
+            }
+            if (S != Stage::kApply) {
+                break;
+            }
+        }
+        if constexpr (kParks) {
+#pragma unroll 2
+            for (uint32_t k = 0; k < a.sharedPacks; ++k) {
+                uint32_t const i = first + (R + k) * step;
+                if (i < end) {
+                    write(i, parked[k * step]);
                 }
             }
         }
-#pragma unroll
-        for (int k = 0; k < R; ++k) {
-            if (batch + k * step < end) {
-                writeRun(run, batch + k * step, held[k], all, inverse, staged);
-            }
-        }
-        if (S != Stage::kApply) {
-            break;
-        }
-    }
-    if constexpr (S != Stage::kApply && R == kManyPacks) {
-        for (uint32_t k = 0; k < a.sharedPacks; ++k) {
-            uint32_t const i = first + (R + k) * step;
-            if (i < end) {
-                writeRun(run, i, parked[k * step], all, inverse, staged);
-            }
-        }
-    }
-    if (cluster) {
-        clusterWait();
+    };
+    if (a.silu) {
+        writeAll(std::true_type{});
+    } else {
+        writeAll(std::false_type{});
     }
 }
 
@@ -405,48 +450,48 @@ struct ColumnSums {
     float shift[V];
     float sum[V];
     float squares[V];
-    uint32_t packs{0};
 
-    __device__ __forceinline__ ColumnSums() {
+    __device__ __forceinline__ void begin(Pack<T, V> const& pack) {
+        pack.unpack(shift);
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-            shift[j] = sum[j] = squares[j] = 0.0F;
+            sum[j] = squares[j] = 0.0F;
         }
     }
     __device__ __forceinline__ void add(Pack<T, V> const& pack) {
         float value[V];
         pack.unpack(value);
-        if (packs == 0) {
-#pragma unroll
-            for (int j = 0; j < V; ++j) {
-                shift[j] = value[j];
-            }
-        }
 #pragma unroll
         for (int j = 0; j < V; ++j) {
             float const distance = value[j] - shift[j];
             sum[j] += distance;
             squares[j] += distance * distance;
         }
-        ++packs;
     }
+};
+
+// The pixels of a tile by the rows of threads that take them: the first `longer` rows one more than the others.
+struct RowPixels {
+    uint32_t whole;
+    uint32_t longer;
+
+    __device__ __forceinline__ RowPixels(uint32_t pixels, Divisor const& rows)
+        : whole(divide(pixels, rows)), longer(pixels - whole * rows.divisor) {}
+    __device__ __forceinline__ uint32_t of(uint32_t row) const { return whole + (row < longer ? 1 : 0); }
 };
 
 // Where the dynamic shared memory of a columns block lies: parked packs, then these.
 struct ColumnMemory {
-    float* mean;          // of items [row][item of the row]
-    float* m2;            // the same
-    uint32_t* rowPacks;   // pixels that each row of threads took
-    Moments* groups;      // of this block, for its cluster
-    float2* results;      // mean and inverse deviation of each group
+    float4* parameters;  // gamma, beta and bias of each channel; at last what makes an `Affine`
+    Moments* groups;     // [group][block of the cluster]
+    float* mean;         // of items [row][item of the row]
+    float* m2;           // the same
 
-    __device__ __forceinline__ explicit ColumnMemory(Arguments const& a, uint32_t itemsPerRow) {
-        uint32_t const groupCount = a.bundleChannels / a.groupChannels;
-        results = reinterpret_cast<float2*>(sharedMemory() + static_cast<size_t>(a.sharedPacks) * blockDim.x * 16);
-        mean = reinterpret_cast<float*>(results + groupCount);
-        m2 = mean + static_cast<size_t>(a.rows) * itemsPerRow;
-        groups = reinterpret_cast<Moments*>(m2 + static_cast<size_t>(a.rows) * itemsPerRow);
-        rowPacks = reinterpret_cast<uint32_t*>(groups + groupCount);
+    __device__ __forceinline__ ColumnMemory(Arguments const& a, uint32_t itemsPerRow, uint32_t groupCount) {
+        parameters = reinterpret_cast<float4*>(sharedMemory() + static_cast<size_t>(a.sharedPacks) * blockDim.x * 16);
+        groups = reinterpret_cast<Moments*>(parameters + a.bundleChannels);
+        mean = reinterpret_cast<float*>(groups + groupCount * kMaxCluster);
+        m2 = mean + static_cast<size_t>(a.rowsDivisor.divisor) * itemsPerRow;
     }
 };
 
@@ -464,114 +509,148 @@ __device__ __forceinline__ void joinPairs(float (&mean)[V], float (&m2)[V], floa
     }
 }
 
-// A thread's channels to items of `itemWidth` channels, in the first V / itemWidth places.
+// A thread's channels, of `pixels` pixels, to items of `itemWidth` channels.
 template <typename T>
 __device__ __forceinline__ void storeItems(
     Arguments const& a, ColumnSums<T> const& own, float const (&bias)[kVector<T>], ColumnMemory const& memory,
-    uint32_t row, uint32_t column) {
+    uint32_t place, uint32_t pixels) {
     constexpr int V = kVector<T>;
     uint32_t const perPack = V / a.itemWidth;
-    float const count = static_cast<float>(own.packs);
+    float const count = static_cast<float>(pixels);
+    float const inverse = pixels == 0 ? 0.0F : reciprocalFast(count);
     float mean[V];
     float m2[V];
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-        Moments const m = makeMoments(count, own.shift[j], own.sum[j], own.squares[j]);
-        mean[j] = m.mean + bias[j];
-        m2[j] = m.m2;
+        float const distance = own.sum[j] * inverse;
+        float const deviations = own.squares[j] - own.sum[j] * distance;
+        mean[j] = own.shift[j] + distance + bias[j];
+        m2[j] = deviations < 0.0F ? 0.0F : deviations;  // NaN is not below zero and stays
     }
     joinPairs<V, 2>(mean, m2, count, a.itemWidth);
     joinPairs<V, 4>(mean, m2, count, a.itemWidth);
     if constexpr (V == 8) {
         joinPairs<V, 8>(mean, m2, count, a.itemWidth);
     }
-    uint32_t const place = (row * a.columns + column) * perPack;
 #pragma unroll
     for (int j = 0; j < V; ++j) {
         if (j < static_cast<int>(perPack)) {
-            memory.mean[place + j] = mean[j];
-            memory.m2[place + j] = m2[j];
+            memory.mean[place * perPack + j] = mean[j];
+            memory.m2[place * perPack + j] = m2[j];
         }
-    }
-    if (column == 0) {
-        memory.rowPacks[row] = own.packs;
     }
 }
 
 // One group's items of this block, merged by a warp.
+template <bool Exact>
 __device__ __forceinline__ Moments mergeItems(
-    Arguments const& a, ColumnMemory const& memory, uint32_t group, uint32_t itemsPerRow, uint32_t lane) {
+    Arguments const& a, ColumnMemory const& memory, uint32_t group, uint32_t itemsPerRow, RowPixels const& pixels,
+    uint32_t lane) {
     uint32_t const perGroup = a.itemDivisor.divisor;
     uint32_t const start = group * perGroup;
-    uint32_t const total = a.rows * perGroup;
-    float const shift = memory.mean[start];
+    uint32_t const total = a.rowsDivisor.divisor * perGroup;
+    auto const placeOf = [&](uint32_t i, uint32_t row) { return row * itemsPerRow + start + (i - row * perGroup); };
+    uint32_t const own = lower(lane, total - 1);
+    float const shift = memory.mean[placeOf(own, divide(own, a.itemDivisor))];
     float count = 0.0F;
     float sum = 0.0F;
     float squares = 0.0F;
 #pragma unroll 4
     for (uint32_t i = lane; i < total; i += kWarp) {
         uint32_t const row = divide(i, a.itemDivisor);
-        uint32_t const place = row * itemsPerRow + start + (i - row * perGroup);
-        float const elements = static_cast<float>(memory.rowPacks[row] * a.itemWidth);
+        uint32_t const place = placeOf(i, row);
+        float const elements = static_cast<float>(pixels.of(row) * a.itemWidth);
         addMoments({elements, memory.mean[place], memory.m2[place]}, shift, count, sum, squares);
     }
-    return sumWarp(count, shift, sum, squares);
+    return mergeLanes<Exact, kWarp>(makeMoments(count, shift, sum, squares));
 }
 
-// One group's triples of all blocks of the cluster, merged by one thread.
-__device__ __forceinline__ Moments mergePeers(Moments* own, uint32_t tiles) {
-    float const shift = peerShared(own, 0)->mean;
-    float count = 0.0F;
-    float sum = 0.0F;
-    float squares = 0.0F;
-#pragma unroll 4
-    for (uint32_t rank = 0; rank < tiles; ++rank) {
-        addMoments(*peerShared(own, rank), shift, count, sum, squares);
+// What each channel of a group is multiplied and shifted by, a warp together.
+__device__ __forceinline__ void storeAffine(
+    Arguments const& a, ColumnMemory const& memory, uint32_t group, Moments const& m, uint32_t lane) {
+    float const inverse = deviationInverse(m, a.epsilon);
+    for (uint32_t i = lane; i < a.groupChannels; i += kWarp) {
+        uint32_t const c = group * a.groupChannels + i;
+        Affine const by = makeAffine(m.mean, inverse, memory.parameters[c]);
+        memory.parameters[c] = make_float4(by.centre, by.scale, by.beta, 0.0F);
     }
-    return makeMoments(count, shift, sum, squares);
 }
 
 template <typename T, int R, Stage S>
-__global__ void __launch_bounds__(kMaxThreads, S == Stage::kPartial || S == Stage::kApply ? 2 : 1)
-    columnsKernel(Arguments const a) {
+__global__ void __launch_bounds__(kMaxThreads) columnsKernel(Arguments const a) {
     constexpr int V = kVector<T>;
+    constexpr bool kExact = sizeof(T) == 4;
+    constexpr bool kParks = (S == Stage::kHeld || S == Stage::kGrid) && R == kManyPacks;
     using P = Pack<T, V>;
-    uint32_t const unit = a.firstUnit + blockIdx.x / a.tiles;
-    uint32_t const tile = blockIdx.x % a.tiles;
-    uint32_t const warp = threadIdx.x / kWarp;
-    uint32_t const lane = threadIdx.x % kWarp;
-    uint32_t const sample = unit / a.unitsPerSample;
-    uint32_t const row = threadIdx.x / a.columns;
-    uint32_t const column = threadIdx.x % a.columns;
-    uint32_t const groupCount = a.bundleChannels / a.groupChannels;
-    uint32_t const itemsPerRow = a.columns * (V / a.itemWidth);
-    uint32_t const channel = unit % a.unitsPerSample * a.bundleChannels + column * V;
+    uint32_t const wholeUnit = divide(blockIdx.x, a.tilesDivisor);
+    uint32_t const tile = blockIdx.x - wholeUnit * a.tiles;
+    uint32_t const unit = a.firstUnit + wholeUnit;
+    uint32_t const sample = divide(unit, a.unitsDivisor);
+    uint32_t const columns = a.columnsDivisor.divisor;
+    uint32_t const rows = a.rowsDivisor.divisor;
+    uint32_t const row = divide(threadIdx.x, a.columnsDivisor);
+    uint32_t const column = threadIdx.x - row * columns;
+    uint32_t const base = (unit - sample * a.unitsDivisor.divisor) * a.bundleChannels;  // first channel of the bundle
+    uint32_t const channel = base + column * V;
+    uint32_t const begin = lower(tile * a.chunk, a.pixels);
     uint32_t const end = lower((tile + 1) * a.chunk, a.pixels);
     // Threads past the last row have no pixels; they still meet every barrier.
-    uint32_t const first = row < a.rows ? lower(tile * a.chunk, a.pixels) + row : end;
-    uint32_t const step = a.rows;
+    uint32_t const first = row < rows ? begin + row : end;
+    bool const cluster = S == Stage::kHeld && a.tiles > 1;
+    if (cluster) {
+        clusterArrive();  // before a block writes into its peers, they must have begun
+    }
     T const* const x = static_cast<T const*>(a.x) + sample * a.sampleStride + channel;
     T* const y = static_cast<T*>(a.y) + sample * a.sampleStride + channel;
-    auto load = [&](uint32_t pixel) { return *reinterpret_cast<P const*>(x + pixel * a.pixelStride); };
-    P* const parked = reinterpret_cast<P*>(sharedMemory()) + threadIdx.x;  // this thread's alone
-    ColumnMemory const memory(a, itemsPerRow);
-    float* const partials = a.partials + static_cast<size_t>(unit) * groupCount * a.tiles * 3;
-
-    int64_t const biasPlace = static_cast<int64_t>(sample) * a.channels + channel;
+    auto const load = [&](uint32_t pixel) { return *reinterpret_cast<P const*>(x + pixel * a.pixelStride); };
 
     P held[R];
-    if constexpr (S != Stage::kApply) {
-        ColumnSums<T> sums;
-        for (uint32_t batch = first; batch < end; batch += R * step) {
+    auto const loadBatch = [&](uint32_t batch) {
 #pragma unroll
-            for (int k = 0; k < R; ++k) {
-                if (batch + k * step < end) {
-                    held[k] = load(batch + k * step);
-                }
+        for (int k = 0; k < R; ++k) {
+            if (batch + k * rows < end) {
+                held[k] = load(batch + k * rows);
+            }
+        }
+    };
+    loadBatch(first);
+
+    uint32_t const warp = threadIdx.x / kWarp;
+    uint32_t const lane = threadIdx.x % kWarp;
+    uint32_t const warps = blockDim.x / kWarp;
+    uint32_t const itemsPerRow = columns * (V / a.itemWidth);
+    uint32_t const groupCount = divide(itemsPerRow, a.itemDivisor);
+    P* const parked = reinterpret_cast<P*>(sharedMemory()) + threadIdx.x;  // this thread's alone
+    ColumnMemory const memory(a, itemsPerRow, groupCount);
+    float* const partials = a.partials + static_cast<size_t>(unit) * groupCount * a.tiles * 3;
+    int64_t const biasRow = static_cast<int64_t>(sample) * a.channels;
+    if constexpr (S != Stage::kPartial) {
+        for (uint32_t c = threadIdx.x; c < a.bundleChannels; c += blockDim.x) {
+            float const bias = a.bias == nullptr ? 0.0F : loadScalar<T>(a.bias, biasRow + base + c, a.biasFloat);
+            memory.parameters[c] = make_float4(loadScalar<T>(a.gamma, base + c, a.parameterFloat),
+                loadScalar<T>(a.beta, base + c, a.parameterFloat), bias, 0.0F);
+        }
+    }
+
+    if constexpr (S != Stage::kApply) {
+        float bias[V] = {};
+        auto const loadBias = [&] {
+            if (a.bias != nullptr) {
+                loadParameters<T>(a.bias, biasRow + channel, a.biasFloat, a.biasAligned, bias);
+            }
+        };
+        if constexpr (S != Stage::kPartial) {  // there its registers are needed for the loop, and its wait hides
+            loadBias();
+        }
+        ColumnSums<T> sums;
+        sums.begin(first < end ? held[0] : P{});
+        for (uint32_t batch = first; batch < end; batch += R * rows) {
+            if (S == Stage::kPartial && batch != first) {
+                loadBatch(batch);
             }
 #pragma unroll
             for (int k = 0; k < R; ++k) {
-                if (batch + k * step < end) {
+                if (batch + k * rows < end) {
                     sums.add(held[k]);
                 }
             }
@@ -579,54 +658,49 @@ __global__ void __launch_bounds__(kMaxThreads, S == Stage::kPartial || S == Stag
                 break;  // the rest is parked below
             }
         }
-        if constexpr (S != Stage::kPartial && R == kManyPacks) {
+        if constexpr (kParks) {
             for (uint32_t k = 0; k < a.sharedPacks; k += kFewPacks) {
                 P some[kFewPacks];
-                uint32_t const from = first + (R + k) * step;
+                uint32_t const from = first + (R + k) * rows;
 #pragma unroll
                 for (int j = 0; j < kFewPacks; ++j) {
-                    if (k + j < a.sharedPacks && from + j * step < end) {
-                        some[j] = load(from + j * step);
+                    if (k + j < a.sharedPacks && from + j * rows < end) {
+                        some[j] = load(from + j * rows);
                     }
                 }
 #pragma unroll
                 for (int j = 0; j < kFewPacks; ++j) {
-                    if (k + j < a.sharedPacks && from + j * step < end) {
+                    if (k + j < a.sharedPacks && from + j * rows < end) {
                         sums.add(some[j]);
                         parked[(k + j) * blockDim.x] = some[j];
                     }
                 }
             }
         }
-        if (row < a.rows) {
-            float bias[V] = {};
-            if (a.bias != nullptr) {
-                loadParameters<T>(a.bias, biasPlace, a.biasFloat, a.biasAligned, bias);
-            }
-            storeItems<T>(a, sums, bias, memory, row, column);
+        if constexpr (S == Stage::kPartial) {
+            loadBias();
         }
-        blockSync();
+        if (row < rows) {
+            storeItems<T>(a, sums, bias, memory, threadIdx.x, RowPixels(end - begin, a.rowsDivisor).of(row));
+        }
     }
+    blockSync();
 
-    // Asked for before the waits that follow, without a register held for them. Every column of a block is some
-    // thread's, so threads past the last row ask for parameters that exist.
-    if constexpr (S != Stage::kPartial) {
-        prefetch(static_cast<char const*>(a.gamma) + channel * static_cast<size_t>(a.parameterFloat ? 4 : sizeof(T)));
-        prefetch(static_cast<char const*>(a.beta) + channel * static_cast<size_t>(a.parameterFloat ? 4 : sizeof(T)));
+    if (cluster) {
+        clusterWait();
     }
-
-    bool const cluster = S == Stage::kHeld && a.tiles > 1;
     if constexpr (S != Stage::kApply) {
-        for (uint32_t g = warp; g < groupCount; g += blockDim.x / kWarp) {
-            Moments const m = mergeItems(a, memory, g, itemsPerRow, lane);
-            if (lane == 0) {
-                if constexpr (S == Stage::kPartial || S == Stage::kGrid) {
+        RowPixels const pixels(end - begin, a.rowsDivisor);
+        for (uint32_t g = warp; g < groupCount; g += warps) {
+            Moments const m = mergeItems<kExact>(a, memory, g, itemsPerRow, pixels, lane);
+            if constexpr (S == Stage::kPartial || S == Stage::kGrid) {
+                if (lane == 0) {
                     storeMoments(partials + (static_cast<size_t>(g) * a.tiles + tile) * 3, m);
-                } else if (cluster) {
-                    memory.groups[g] = m;
-                } else {
-                    memory.results[g] = make_float2(m.mean, deviationInverse(m, a.epsilon));
                 }
+            } else if (!cluster) {
+                storeAffine(a, memory, g, m, lane);
+            } else if (lane < a.tiles) {
+                storePeer(memory.groups + g * kMaxCluster + tile, lane, m);
             }
         }
         if constexpr (S == Stage::kPartial) {
@@ -637,84 +711,69 @@ __global__ void __launch_bounds__(kMaxThreads, S == Stage::kPartial || S == Stag
         gridSync();
     }
     if constexpr (S == Stage::kGrid || S == Stage::kApply) {
-        for (uint32_t g = warp; g < groupCount; g += blockDim.x / kWarp) {
-            Moments const m = mergeTiles(partials + static_cast<size_t>(g) * a.tiles * 3, a.tiles, lane);
-            if (lane == 0) {
-                memory.results[g] = make_float2(m.mean, deviationInverse(m, a.epsilon));
-            }
+        for (uint32_t g = warp; g < groupCount; g += warps) {
+            float const* const own = partials + static_cast<size_t>(g) * a.tiles * 3;
+            storeAffine(a, memory, g, mergeTiles<kExact>(own, a.tiles, lane), lane);
         }
     }
     if (cluster) {
         clusterArrive();
         clusterWait();
-        for (uint32_t g = threadIdx.x; g < groupCount; g += blockDim.x) {
-            Moments const m = mergePeers(memory.groups + g, a.tiles);
-            memory.results[g] = make_float2(m.mean, deviationInverse(m, a.epsilon));
+        uint32_t const rank = lane % kMaxCluster;
+        for (uint32_t g = warp; g < groupCount; g += warps) {
+            Moments const own = rank < a.tiles ? memory.groups[g * kMaxCluster + rank] : Moments{0.0F, 0.0F, 0.0F};
+            storeAffine(a, memory, g, mergeLanes<kExact, kMaxCluster>(own), lane);
         }
     }
     blockSync();
-    if (cluster) {
-        clusterArrive();  // this block has read its peers; the wait at the end keeps its own memory until they have too
-    }
 
-    float centre[V];
-    float scale[V];
-    float beta[V];
-    loadParameters<T>(a.gamma, channel, a.parameterFloat, a.parameterAligned, scale);
-    loadParameters<T>(a.beta, channel, a.parameterFloat, a.parameterAligned, beta);
+    Affine by[V];
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-        float2 const result = memory.results[divide(column * V + j, a.groupDivisor)];
-        centre[j] = result.x;
-        scale[j] *= result.y;
+        float4 const ready = memory.parameters[column * V + j];
+        by[j].centre = ready.x;
+        by[j].scale = ready.y;
+        by[j].beta = ready.z;
     }
-    if (a.bias != nullptr) {  // read again, near at hand by now, rather than kept in registers all the while
-        float bias[V];
-        loadParameters<T>(a.bias, biasPlace, a.biasFloat, a.biasAligned, bias);
+    auto const writeAll = [&](auto withSilu) {
+        auto const write = [&](uint32_t pixel, P pack) {
+            float value[V];
+            pack.unpack(value);
 #pragma unroll
-        for (int j = 0; j < V; ++j) {
-            centre[j] -= bias[j];
-        }
-    }
-    auto write = [&](uint32_t pixel, P pack) {
-        float value[V];
-        pack.unpack(value);
-#pragma unroll
-        for (int j = 0; j < V; ++j) {
-            value[j] = finish(value[j], centre[j], scale[j], beta[j], a.silu);
-        }
-        pack.pack(value);
-        *reinterpret_cast<P*>(y + pixel * a.pixelStride) = pack;
-    };
-    for (uint32_t batch = first; batch < end; batch += R * step) {
-        if constexpr (S == Stage::kApply) {
+            for (int j = 0; j < V; ++j) {
+                value[j] = finish<decltype(withSilu)::value>(value[j], by[j]);
+            }
+            pack.pack(value);
+            *reinterpret_cast<P*>(y + pixel * a.pixelStride) = pack;
+        };
+        for (uint32_t batch = first; batch < end; batch += R * rows) {
+            if (S == Stage::kApply && batch != first) {
+                loadBatch(batch);
+            }
 #pragma unroll
             for (int k = 0; k < R; ++k) {
-                if (batch + k * step < end) {
-                    held[k] = load(batch + k * step);
+                if (batch + k * rows < end) {
+                    write(batch + k * rows, held[k]);
+                }
+            }
+            if (S != Stage::kApply) {
+                break;
+            }
+        }
+        if constexpr (kParks) {
+#pragma unroll 2
+            for (uint32_t k = 0; k < a.sharedPacks; ++k) {
+                uint32_t const pixel = first + (R + k) * rows;
+                if (pixel < end) {
+                    write(pixel, parked[k * blockDim.x]);
                 }
             }
         }
-#pragma unroll
-        for (int k = 0; k < R; ++k) {
-            if (batch + k * step < end) {
-                write(batch + k * step, held[k]);
-            }
-        }
-        if (S != Stage::kApply) {
-            break;
-        }
-    }
-    if constexpr (S != Stage::kApply && R == kManyPacks) {
-        for (uint32_t k = 0; k < a.sharedPacks; ++k) {
-            uint32_t const pixel = first + (R + k) * step;
-            if (pixel < end) {
-                write(pixel, parked[k * blockDim.x]);
-            }
-        }
-    }
-    if (cluster) {
-        clusterWait();
+    };
+    if (a.silu) {
+        writeAll(std::true_type{});
+    } else {
+        writeAll(std::false_type{});
     }
 }
 
@@ -817,15 +876,15 @@ Arguments makeArguments(GroupNormParams const& p, Plan const& plan, void* worksp
     a.channels = static_cast<uint32_t>(p.channels);
     a.pixels = static_cast<uint32_t>(p.pixels);
     a.groupChannels = static_cast<uint32_t>(p.channels / p.groups);
-    a.unitsPerSample = static_cast<uint32_t>(plan.units / p.batch);
     a.tiles = static_cast<uint32_t>(plan.tiles);
+    a.tilesDivisor = makeDivisor(a.tiles);
+    a.unitsDivisor = makeDivisor(static_cast<uint32_t>(plan.units / p.batch));
     a.chunk = static_cast<uint32_t>(plan.chunk);
     a.sharedPacks = static_cast<uint32_t>(plan.sharedPacks);
     a.epsilon = p.epsilon;
     a.silu = p.activation == Activation::kSiLU;
     a.parameterFloat = p.parameterType == DataType::kFloat;
     a.biasFloat = p.biasType == DataType::kFloat;
-    a.parameterAligned = aligned(p.gamma) && aligned(p.beta);
     a.biasAligned = aligned(p.channelBias);
     if (plan.shape == Shape::kRun) {
         a.run = static_cast<uint32_t>(a.groupChannels * p.pixels / plan.vector);
@@ -833,10 +892,9 @@ Arguments makeArguments(GroupNormParams const& p, Plan const& plan, void* worksp
         a.staged = a.groupChannels <= kStagedChannels;
     } else {
         a.bundleChannels = static_cast<uint32_t>(plan.bundleChannels);
-        a.columns = static_cast<uint32_t>(plan.columns);
-        a.rows = static_cast<uint32_t>(plan.rows);
+        a.columnsDivisor = makeDivisor(static_cast<uint32_t>(plan.columns));
+        a.rowsDivisor = makeDivisor(static_cast<uint32_t>(plan.rows));
         a.itemWidth = static_cast<uint32_t>(plan.itemWidth);
-        a.groupDivisor = makeDivisor(a.groupChannels);
         a.itemDivisor = makeDivisor(a.groupChannels / a.itemWidth);
     }
     return a;

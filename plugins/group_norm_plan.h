@@ -151,7 +151,7 @@ template <typename Consider>
 void considerRuns(GroupNormParams const& p, int32_t vector, Sizes const& sizes, DeviceFacts const& facts,
     Consider consider) {
     int64_t const run = sizes.groupChannels * p.pixels / vector;
-    int64_t const stage = sizes.groupChannels <= kStagedChannels ? sizes.groupChannels * 12 : 0;
+    int64_t const stage = sizes.groupChannels <= kStagedChannels ? sizes.groupChannels * 16 : 0;
     Plan base;
     base.vector = vector;
     base.units = p.batch * p.groups;
@@ -213,10 +213,10 @@ inline int64_t cutColumns(Plan& plan, int64_t pixels, int64_t tiles, int64_t thr
     return ceilDiv(plan.chunk, plan.rows);
 }
 
-// Shared memory for the items (mean and M2 each), the rows' counts, and each group's moments and result.
+// Shared memory for each channel's parameters and results, each group's moments of a whole cluster, and the items.
 inline int64_t columnsShared(Plan const& plan, int64_t groupChannels) noexcept {
     int64_t const items = static_cast<int64_t>(plan.rows) * plan.columns * (plan.vector / plan.itemWidth);
-    return items * 8 + plan.rows * 4 + plan.bundleChannels / groupChannels * 20;
+    return plan.bundleChannels * 16 + plan.bundleChannels / groupChannels * kMaxCluster * 12 + items * 8;
 }
 
 template <typename Consider>

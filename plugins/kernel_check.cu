@@ -598,7 +598,7 @@ void timePlans(GroupNormParams params, cudaDeviceProp const& device, cudaStream_
                 }
             },
             7);
-        std::fprintf(file, "%lld,%lld,%lld,%s,%s,%d,%d,%d,%d,%d,%d,%lld,%lld,%lld,%d,%lld,%.0f,%.3f,%.3f\n",
+        std::fprintf(file, "%lld,%lld,%lld,%s,%s,%d,%d,%d,%d,%d,%d,%lld,%lld,%lld,%d,%lld,%.3f,%.3f,%.3f\n",
             static_cast<long long>(params.batch), static_cast<long long>(params.channels),
             static_cast<long long>(params.pixels), params.layout == Layout::kNHWC ? "NHWC" : "NCHW",
             cold ? "cold" : "warm", static_cast<int>(plan.stage), plan.bundleChannels, plan.tiles, plan.threads,
@@ -615,7 +615,7 @@ void writePlans(char const* path, cudaDeviceProp const& device, cudaStream_t str
         std::exit(2);
     }
     std::fprintf(file, "batch,channels,pixels,layout,cache,stage,bundle,tiles,threads,packs,shared_packs,units,"
-                       "units_per_launch,chunk,rows,shared_bytes,estimate_ns,median_us,least_us\n");
+                       "units_per_launch,chunk,rows,shared_bytes,estimate_us,median_us,least_us\n");
     for (Shape3 const& shape : kSd15) {
         for (Layout layout : {Layout::kNCHW, Layout::kNHWC}) {
             timePlans(sd15Params(shape, layout), device, stream, file);

@@ -33,13 +33,14 @@ from tools.tiny.measures import (
     mean_and_error,
     mean_difference,
     nearest_colour,
+    others_of_kind,
     sharpness,
     variety,
 )
 from tools.tiny.palette import COLOURS, HUES
 from tools.tiny.report import Report, Row, confusion_table
 from tools.tiny.sampling import ADDED_PROMPT, NEGATIVE_PROMPT, Sampler, generate
-from tools.tiny.scenes import make_scene
+from tools.tiny.scenes import Scene, make_scene
 
 # --- edges
 
@@ -207,6 +208,8 @@ def test_report_pools_pixels_and_averages_images(tmp_path):
         (100.0, True),
     ]
     assert len(report.missed) == 2 and report.table().count("MISSED") == 2
+    assert report.limits == 4 and {row.note for row in report.rows} == {"2 pictures"}
+    assert [report.rows[0].asked, report.rows[0].reached] == [">= 70 %", "22.5 %"]
     report.write(tmp_path)
     rows = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["rows"]
     assert [row["passed"] for row in rows] == [False, False, True, True]
@@ -352,12 +355,85 @@ def test_measure_tiny_says_what_is_missing(tmp_path, capsys):
     assert str(tmp_path / "pictures") in capsys.readouterr().err
 
 
-def test_chance_is_the_mean_of_other_scenes_pictures_and_drawings():
+class Painter:
+    """Stands in for the sampler: pictures whose edges are those of a square that the seed places.
+
+    With `leaking` control, the picture at strength 0 has the square that is given as edges.
+    """
+
+    def __init__(self, leaking: bool = False) -> None:
+        self.leaking = leaking
+
+    def generate(self, canny: np.ndarray, prompts: Any, negative: Any, seeds: Any, **options: Any) -> Any:
+        follow = options["strength"] > 0 or self.leaking
+        images = np.stack([square(*corner_of(c)) if follow else square(s % 40, 0) for c, s in zip(canny, seeds)])
+        return images, images[:, None, ::8, ::8, 0].astype(np.float32)
+
+
+def square(y: int, x: int) -> np.ndarray:
+    image = np.zeros((96, 160, 3), np.uint8)
+    image[y + 8 : y + 40, x + 8 : x + 40] = 255
+    return image
+
+
+def corner_of(canny: np.ndarray) -> Any:
+    return np.argwhere(canny).min(axis=0) - 7  # Canny marks the pixel before the step
+
+
+def edge_bench(folder: Any, corners: Any, kinds: Any, leaking: bool = False) -> measure_tiny.Bench:
+    mask = np.zeros((96, 160), bool)
+    scenes = [Scene(square(*c), f"a {k}", (f"a {k}",) * 4, k, "", mask, False) for c, k in zip(corners, kinds)]
+    return measure_tiny.Bench(Painter(leaking), None, None, scenes, {}, [], 9.0, 1, folder)
+
+
+def test_strength_0_is_measured_against_others_of_the_kind(tmp_path):
+    # At seeds 7000 to 7003 the squares stand 0 to 3 rows down. Birds stand there too, so chance alone follows them; no
+    # picture of a boat follows a boat, and a lone tree has nothing to be compared with.
+    corners = [(0, 0), (0, 0), (40, 100), (40, 100), (0, 0)]
     report = Report({})
-    found = [[EdgeMatch(n, 100, 10, 100)] for n in (30, 20, 25)]
-    measure_tiny.add_chance_ratios(report, [EdgeMatch(50, 100, 10, 100)], found)
-    assert [(row.value, row.passed) for row in report.rows] == [(2.0, False), (1.0, True)]
-    assert report.rows[0].note.startswith("2 times")
+    bench = edge_bench(tmp_path, corners, ["bird", "bird", "boat", "boat", "tree"])
+    measure_tiny.measure_edges(bench, report)
+    rows = {row.name: row for row in report.rows}
+    assert rows["recall, strength 1: mean of images"].value == 100
+    assert rows["pictures that another scene's edges change, strength 0"].value == 0
+    counted = rows["scenes that have others of their kind"]
+    assert counted.value == 4 and counted.note.startswith("1 alone")
+    for measure in ("recall", "precision"):
+        chance = rows[f"{measure}, others of the kind, strength 0: mean of images"]
+        assert chance.value == pytest.approx(50) and chance.note == "4 scenes"
+        assert rows[f"{measure}, strength 0 less others of the kind"].value == pytest.approx(0)
+        assert rows[f"{measure}, strength 0 / others of the kind"].value == pytest.approx(1)
+    assert not report.missed
+
+
+def test_edges_that_leak_at_strength_0_are_caught(tmp_path):
+    corners = [(0, 0), (30, 30), (0, 100), (50, 60)]
+    report = Report({})
+    measure_tiny.measure_edges(edge_bench(tmp_path, corners, ["bird"] * 4, leaking=True), report)
+    missed = {row.name: row.value for row in report.missed}
+    assert missed.pop("pictures that another scene's edges change, strength 0") == 4
+    assert set(missed) == {f"{m}, strength 0 / others of the kind" for m in ("recall", "precision")}
+    assert min(missed.values()) > 2
+
+
+def test_chance_is_compared_scene_by_scene():
+    report = Report({})
+    measure_tiny.add_chance(report, "recall", [30.0, 20.0, 40.0], [20.0, 20.0, 20.0])
+    chance, excess, ratio = report.rows
+    assert (chance.value, chance.error) == (20.0, 0.0)
+    assert (excess.value, excess.error) == (10.0, pytest.approx(10 / np.sqrt(3)))
+    assert (ratio.value, ratio.passed) == (1.5, False)
+
+
+def test_without_scenes_of_one_kind_the_comparison_is_missed_not_passed(tmp_path):
+    report = Report({})
+    measure_tiny.measure_edges(edge_bench(tmp_path, [(0, 0), (40, 100)], ["bird", "boat"]), report)
+    assert [row.name for row in report.missed] == ["scenes that have others of their kind"]
+
+
+def test_others_of_a_kind():
+    assert others_of_kind(["a", "b", "a", "c", "b", "a"]) == {0: [2, 5], 1: [4], 2: [0, 5], 4: [1], 5: [0, 2]}
+    assert others_of_kind(["a", "b"]) == {}
 
 
 def test_short_prompts_have_the_right_article():
@@ -386,8 +462,13 @@ def test_measure_tiny_runs_through_on_a_random_model(tmp_path, capsys):
     cv2.imwrite(str(tmp_path / "pictures" / "photo.png"), make_scene(3, "test").image)
     arguments += ["--pictures", str(tmp_path / "pictures")]
     assert measure_tiny.main(arguments) == 1  # random weights follow nothing
-    assert "MISSED" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    # A bird and a boat: no two of a kind.
+    assert "MISSED" in printed
+    assert "missed: edges: scenes that have others of their kind: >= 2 asked, 0 reached" in printed
     report = json.loads((output / "report.json").read_text(encoding="utf-8"))
+    values = {row["name"]: row["value"] for row in report["rows"]}
+    assert values["pictures that another scene's edges change, strength 0"] == 0
     assert {row["section"] for row in report["rows"]} == {"edges", "words", "autoencoder", "half"}
     counts = np.array(report["details"]["confusion, caption"]["counts"])
     assert counts.shape == (len(COLOURS), len(COLOURS) + 1)

@@ -28,6 +28,7 @@ if str(ROOT) not in sys.path:  # run as a file, Python's path begins with tools/
 from cldm.machine import available_cores  # noqa: E402
 from scoring.metrics import error_stats, psnr, ssim  # noqa: E402
 from tools.tiny.measures import (  # noqa: E402
+    EDGE_RADIUS,
     EdgeMatch,
     derangement,
     dominant_hue,
@@ -35,15 +36,16 @@ from tools.tiny.measures import (  # noqa: E402
     match_edges,
     mean_difference,
     nearest_colour,
+    others_of_kind,
     sharpness,
     variety,
 )
-from tools.tiny.report import Report, confusion_table, write_sheet  # noqa: E402
+from tools.tiny.report import Report, confusion_table, edges_table, write_sheet  # noqa: E402
 from tools.tiny.scenes import COLOURS, Scene, make_scene  # noqa: E402
 
 # What the model must reach, in percent, dB and levels of 255.
 EDGE_RECALL, EDGE_PRECISION = 70.0, 60.0
-# "About what other scenes give": at strength 0 at most this many times as much.
+# "What other scenes give": at strength 0 at most this many times as much as others of the same kind.
 CHANCE_RATIO = 1.25
 WORD_SHARE = 85.0
 # The measure itself on the scenes as drawn: a share below this would say that the hue is no good measure.
@@ -60,6 +62,11 @@ FIRST_SEED = 7000
 SEEDS_A_SCENE = 4
 GUIDANCE_SCALES = (1.0, 3.0, 5.0, 7.0, 9.0, 12.0)
 PHOTO_PROMPTS = ("a bird", "a red bird", "a blue bird", "a yellow flower", "a green tree")
+LEGEND = f"""\
+recall: share of the control's edge pixels with one of the picture within {EDGE_RADIUS:g} pixels; precision: the reverse
+all pixels: pooled over the edge pixels of all pictures; mean of images: each picture counts the same
+std. error: of the mean; levels: of 255, in gradients levels a pixel"""
+EDGE_DETAILS = {"edges at strength 1, all pixels": "edges_by_kind", "photographs, all pixels": "photographs"}
 SHEET_ROWS = 12
 CELL_WIDTH = 192
 # Under this many scenes a pool of processes takes longer to start than the scenes take to draw.
@@ -153,14 +160,19 @@ class Bench:
     def paint_both(
         self, indices: Sequence[int], prompts: Sequence[str], title: str, **options: Any
     ) -> Tuple[np.ndarray, np.ndarray]:
-        """`paint` with the latents; `sampler`, `negative` and `seeds` may be given besides the sampler's options."""
+        """`paint` with the latents.
+
+        Besides the sampler's options `sampler`, `negative`, `seeds` and `edges_of`, K other scenes whose edges are
+        painted on, may be given.
+        """
         from tools.tiny.sampling import NEGATIVE_PROMPT
 
         sampler = options.pop("sampler", self.sampler)
         negative = options.pop("negative", NEGATIVE_PROMPT)
         seeds = options.pop("seeds", [FIRST_SEED + i for i in indices])
+        edges = self.edges[list(options.pop("edges_of", indices))]
         options = {"guidance": self.guidance, "steps": self.steps, "progress": title, **options}
-        return sampler.generate(self.edges[list(indices)], prompts, negative, seeds, **options)
+        return sampler.generate(edges, prompts, negative, seeds, **options)
 
     def follow(self, indices: Sequence[int], images: Sequence[np.ndarray]) -> List[EdgeMatch]:
         """How images follow the edges of scenes."""
@@ -200,47 +212,107 @@ def share(asked: Sequence[str], reached: Sequence[Optional[str]]) -> float:
 
 
 def measure_edges(bench: Bench, report: Report) -> None:
-    """Edges at strengths 1, 0.5 and 0, and what other scenes give by chance."""
+    """Edges at strengths 1, 0.5 and 0, and what chance gives."""
     every = range(len(bench.scenes))
-    images, matches = {}, {}
+    images, latents, matches = {}, {}, {}
     for strength in (1.0, 0.5, 0.0):
-        painted = bench.paint(every, bench.captions, f"edges, strength {strength:g}", strength=strength)
-        images[strength], matches[strength] = painted, bench.follow(every, painted)
+        title = f"edges, strength {strength:g}"
+        images[strength], latents[strength] = bench.paint_both(every, bench.captions, title, strength=strength)
+        matches[strength] = bench.follow(every, images[strength])
     report.add_edges("edges", "strength 1", matches[1.0], EDGE_RECALL, EDGE_PRECISION)
     report.add_edges("edges", "strength 0.5", matches[0.5])
     report.add_edges("edges", "strength 0", matches[0.0])
     others = derangement(len(bench.scenes), FIRST_SEED)
-    real = [bench.scenes[j].image for j in others]
-    chance = {
-        "other scenes' pictures": bench.follow(every, images[1.0][others]),
-        "other scenes as drawn": bench.follow(every, real),
-        "other scenes' pictures at strength 0": bench.follow(every, images[0.0][others]),
-    }
-    for name, found in chance.items():
-        report.add_edges("edges", name, found, pooled_only=True)
-    add_chance_ratios(report, matches[0.0], list(chance.values()))
+    add_unused_edges(bench, report, latents[0.0], others)
+    add_same_kind(bench, report, images[0.0], matches[0.0])
+    add_random_others(bench, report, images, matches[0.0], others)
     report.details["edges_by_kind"] = edges_by_kind(bench, matches[1.0])
     rows = [[s.image, e, *(images[k][i] for k in images)] for i, (s, e) in enumerate(zip(bench.scenes, bench.edges))]
     bench.sheet("edges", ["scene", "edges", *(f"strength {k:g}" for k in images)], bench.captions, rows)
 
 
-def add_chance_ratios(report: Report, without: Sequence[EdgeMatch], chance: Sequence[Sequence[EdgeMatch]]) -> None:
-    """How much more is followed at strength 0 than chance gives.
+def add_unused_edges(bench: Bench, report: Report, latents: np.ndarray, others: np.ndarray) -> None:
+    """How many pictures at strength 0, given their (N, 4, h, w) latents, differ in any bit with another scene's edges.
+
+    None may: then what follows the edges at strength 0 follows them by chance, or because the caption fits them.
+    """
+    every = range(len(bench.scenes))
+    title = "edges, strength 0, other edges"
+    _, again = bench.paint_both(every, bench.captions, title, strength=0.0, edges_of=others)
+    changed = int((again != latents).any(axis=(1, 2, 3)).sum())
+    note = f"of {len(latents)}, with their captions and seeds"
+    report.add("edges", "pictures that another scene's edges change, strength 0", changed, at_most=0, note=note)
+
+
+def add_same_kind(bench: Bench, report: Report, images: np.ndarray, without: Sequence[EdgeMatch]) -> None:
+    """How much better a scene's own picture at strength 0 matches its edges than those of other scenes of its kind do.
+
+    The caption still says what the scene shows, and two pictures of dense patterns or of birds in the middle share more
+    edges by chance than two of anything. So chance is, for each scene, the mean over the pictures at strength 0 of all
+    others of its kind. It is compared as the mean over the same scenes, for pooled over pixels a few dense patterns
+    would outweigh all else. Scenes alone of their kind are left out.
 
     Parameters
     ----------
-    without : matches at strength 0
-    chance : matches with other scenes' pictures, as drawn, and at strength 0
-        The limit is on the ratio to the mean of the first two. The third has strength 0's own density of edges: where
-        that differs from the scenes', the ratio to it, in the note, says more.
+    images : (N, 256, 384, 3) uint8 array
+        Pictures at strength 0.
+    without : N matches
+        Of these pictures with their own scenes' edges.
     """
-    own = sum(without, EdgeMatch())
-    painted, drawn, same = (sum(found, EdgeMatch()) for found in chance)
+    others = others_of_kind([scene.kind for scene in bench.scenes])
+    left_out = len(bench.scenes) - len(others)
+    name, note = "scenes that have others of their kind", f"{left_out} alone of their kind, left out of the next six"
+    # With fewer the comparison would have nothing to compare, and must not pass unseen.
+    report.add("edges", name, len(others), at_least=2, note=note)
+    if not others:
+        return
+    pairs = [(i, j) for i, group in others.items() for j in group]
+    edges = in_threads(find_edges, images)
+    found = dict(zip(pairs, in_threads(lambda pair: match_edges(bench.edges[pair[0]], edges[pair[1]]), pairs)))
     for measure in ("recall", "precision"):
-        value, a, b, c = (getattr(match, measure) for match in (own, painted, drawn, same))
-        ratio = 2 * value / (a + b) if a + b else float("inf")
-        note = f"{value / c:.3g} times other pictures at strength 0" if c else ""
-        report.add("edges", f"{measure} at strength 0 / other scenes", ratio, at_most=CHANCE_RATIO, note=note)
+        own = [100 * getattr(without[i], measure) for i in others]
+        chance = [100 * np.mean([getattr(found[i, j], measure) for j in group]) for i, group in others.items()]
+        add_chance(report, measure, own, chance)
+
+
+def add_chance(report: Report, measure: str, own: Sequence[float], chance: Sequence[float]) -> None:
+    """The chance level of scenes, their own shares less it, and their ratio, which has a limit; all in percent."""
+    title = f"{measure}, others of the kind, strength 0: mean of images"
+    report.add_mean("edges", title, chance, unit="%", note=f"{len(chance)} scenes")
+    excess = np.subtract(own, chance)
+    report.add_mean("edges", f"{measure}, strength 0 less others of the kind", excess, unit="%", note="same scenes")
+    ratio = float(np.mean(own) / np.mean(chance)) if np.any(chance) else float("inf")
+    report.add("edges", f"{measure}, strength 0 / others of the kind", ratio, at_most=CHANCE_RATIO, note="same scenes")
+
+
+def add_random_others(
+    bench: Bench,
+    report: Report,
+    images: Dict[float, np.ndarray],
+    without: Sequence[EdgeMatch],
+    others: np.ndarray,
+) -> None:
+    """What one random other scene a scene gives, whatever it shows: for information.
+
+    Parameters
+    ----------
+    images : dict of (N, 256, 384, 3) uint8 arrays
+        Pictures by strength.
+    without : N matches
+        Of the pictures at strength 0 with their own scenes' edges.
+    others : (N,) int array
+        The other scene of each scene.
+    """
+    every = range(len(bench.scenes))
+    same = bench.follow(every, images[0.0][others])
+    report.add_edges("edges", "random others, strength 1", bench.follow(every, images[1.0][others]))
+    report.add_edges("edges", "random others as drawn", bench.follow(every, [bench.scenes[j].image for j in others]))
+    report.add_edges("edges", "random others, strength 0", same)
+    own, other = sum(without, EdgeMatch()), sum(same, EdgeMatch())
+    for measure in ("recall", "precision"):
+        a, b = getattr(own, measure), getattr(other, measure)
+        title = f"{measure}, strength 0 / random others, strength 0: all pixels"
+        report.add("edges", title, a / b if b else float("inf"), note="no limit: others seldom show the same things")
 
 
 def edges_by_kind(bench: Bench, matches: Sequence[EdgeMatch]) -> Dict[str, Dict[str, float]]:
@@ -249,7 +321,7 @@ def edges_by_kind(bench: Bench, matches: Sequence[EdgeMatch]) -> Dict[str, Dict[
     for kind in sorted({scene.kind for scene in bench.scenes}):
         own = [match for scene, match in zip(bench.scenes, matches) if scene.kind == kind]
         pooled = sum(own, EdgeMatch())
-        result[kind] = {"scenes": len(own), "recall": 100 * pooled.recall, "precision": 100 * pooled.precision}
+        result[kind] = {"pictures": len(own), "recall": 100 * pooled.recall, "precision": 100 * pooled.precision}
     return result
 
 
@@ -276,8 +348,10 @@ def add_words(
     report: Report, name: str, asked: Sequence[str], reached: Sequence[Optional[str]], limit: Optional[float]
 ) -> None:
     """The share of words reached, its error over scenes, and the confusion matrix."""
-    per_scene = [share(asked[k : k + len(COLOURS)], reached[k : k + len(COLOURS)]) for k in range(0, len(asked), 8)]
-    report.add_mean("words", f"colour reached: {name}", per_scene, unit="%", at_least=limit, note=f"{len(asked)} cases")
+    step = len(COLOURS)
+    per_scene = [share(asked[k : k + step], reached[k : k + step]) for k in range(0, len(asked), step)]
+    note = f"{len(per_scene)} scenes x {len(COLOURS)} colours"
+    report.add_mean("words", f"asked colour reached: {name}", per_scene, unit="%", at_least=limit, note=note)
     counts = np.zeros((len(COLOURS), len(COLOURS) + 1), dtype=np.int64)
     for a, r in zip(asked, reached):
         counts[COLOURS.index(a), len(COLOURS) if r is None else COLOURS.index(r)] += 1
@@ -290,22 +364,26 @@ def measure_variety(bench: Bench, report: Report) -> None:
     indices = [i for i in chosen for _ in range(SEEDS_A_SCENE)]
     seeds = [FIRST_SEED + 1000 * k + i for i in chosen for k in range(SEEDS_A_SCENE)]
     prompts = {
-        "short": [short_prompt("", bench.scenes[i].kind) for i in indices],
+        "short prompt": [short_prompt("", bench.scenes[i].kind) for i in indices],
         "caption": [bench.scenes[i].caption for i in indices],
     }
     for name, texts in prompts.items():
         images = bench.paint(indices, texts, f"variety, {name}", seeds=seeds)
         groups = images.reshape(len(chosen), SEEDS_A_SCENE, *images.shape[1:])
         masks = [bench.scenes[i].mask for i in chosen]
-        places = {"picture": [None] * len(masks), "object": masks, "background": [~mask for mask in masks]}
+        places = {"whole picture": [None] * len(masks), "object": masks, "background": [~mask for mask in masks]}
         for place, regions in places.items():
             values = [variety(group, region) for group, region in zip(groups, regions)]
-            limit = VARIETY_LEVELS if (name, place) == ("short", "picture") else None
-            report.add_mean("variety", f"between seeds, {name}: {place}", values, unit="levels", at_least=limit)
+            limit = VARIETY_LEVELS if (name, place) == ("short prompt", "whole picture") else None
+            title = f"difference between seeds, {name}: {place}"
+            note = f"{len(values)} scenes x {SEEDS_A_SCENE} seeds"
+            report.add_mean("variety", title, values, unit="levels", at_least=limit, note=note)
         report.add_edges("variety", name, bench.follow(indices, images), EDGE_RECALL)
         rows = [[bench.edges[i], *group] for i, group in zip(chosen, groups)]
         titles = ["edges", *(f"seed {k + 1}" for k in range(SEEDS_A_SCENE))]
-        bench.sheet(f"variety_{name}", titles, [texts[k * SEEDS_A_SCENE] for k in range(len(chosen))], rows)
+        bench.sheet(
+            f"variety_{name.replace(' ', '_')}", titles, [texts[k * SEEDS_A_SCENE] for k in range(len(chosen))], rows
+        )
 
 
 def measure_autoencoder(bench: Bench, report: Report) -> None:
@@ -330,10 +408,10 @@ def add_reconstructions(
     report: Report, name: str, images: Sequence[np.ndarray], again: Sequence[np.ndarray], limit: Optional[float]
 ) -> None:
     ratios = in_threads(lambda pair: psnr(*pair), list(zip(again, images)))
-    spread = f"{min(ratios):.2f} .. {max(ratios):.2f}"
+    spread = f"from {min(ratios):.2f} to {max(ratios):.2f}"
     report.add_mean("autoencoder", f"PSNR, {name}", ratios, unit="dB", at_least=limit, note=spread)
     alike = in_threads(lambda pair: ssim(*pair), list(zip(again, images)))
-    report.add_mean("autoencoder", f"SSIM, {name}", alike, note=f"{min(alike):.3f} .. {max(alike):.3f}")
+    report.add_mean("autoencoder", f"SSIM, {name}", alike, note=f"from {min(alike):.3f} to {max(alike):.3f}")
 
 
 def measure_half(bench: Bench, report: Report) -> None:
@@ -358,9 +436,10 @@ def compare_runs(
 ) -> None:
     """Relative error of the final latents and PSNR of the images."""
     errors = [error_stats(a, b).relative for a, b in zip(run[1], reference[1])]
-    report.add_mean("half", f"{name}: latent relative error", errors, note=f"at most {max(errors):.2g}  {note}".strip())
+    notes = [f"{len(errors)} scenes", f"largest {max(errors):.2g}", note]
+    report.add_mean("half", f"{name}: latent relative error", errors, note=", ".join(filter(None, notes)))
     ratios = [min(psnr(a, b), 100.0) for a, b in zip(run[0], reference[0])]  # equal images would be infinite
-    spread = f"{min(ratios):.2f} .. {max(ratios):.2f}"
+    spread = f"from {min(ratios):.2f} to {max(ratios):.2f}"
     report.add_mean("half", f"{name}: image PSNR", ratios, unit="dB", note=spread)
 
 
@@ -377,7 +456,7 @@ def measure_guidance(bench: Bench, report: Report) -> None:
         report.add_edges("guidance", name, bench.follow(chosen, images[name]), pooled_only=True)
         reached = bench.reached(chosen, images[name])
         hits = [100.0 * (a == r) for a, r in zip(asked, reached)]
-        report.add_mean("guidance", f"colour reached, {name}", hits, unit="%", note=f"{len(hits)} cases")
+        report.add_mean("guidance", f"asked colour reached, {name}", hits, unit="%", note=f"{len(hits)} pictures")
     rows = [[bench.edges[i], *(images[name][k] for name in runs)] for k, i in enumerate(chosen)]
     bench.sheet("guidance", ["edges", *runs], prompts, rows)
     measure_negative(bench, report)
@@ -398,7 +477,8 @@ def measure_negative(bench: Bench, report: Report) -> None:
     }
     with_it, without = list(images.values())[:2]
     changed = [mean_difference(a, b) for a, b in zip(with_it, without)]
-    report.add_mean("negative", "difference that the negative prompt makes", changed, unit="levels")
+    note = f"{len(chosen)} scenes"
+    report.add_mean("negative", "difference that the negative prompt makes", changed, unit="levels", note=note)
     for name, pictures in images.items():
         report.add_mean("negative", f"gradient: {name}", [sharpness(p) for p in pictures], unit="levels")
     drawn = [sharpness(bench.scenes[i].image) for i in chosen]
@@ -427,6 +507,7 @@ def measure_photographs(bench: Bench, report: Report) -> None:
         matches = [match_edges(photo.edges, find_edges(image)) for image in images]
         pooled = sum(matches, EdgeMatch())
         report.details.setdefault("photographs", {})[photo.name] = {
+            "pictures": len(matches),
             "recall": 100 * pooled.recall,
             "precision": 100 * pooled.precision,
         }
@@ -630,18 +711,19 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def print_report(report: Report, folder: Path) -> None:
-    print(report.table())
-    for kind, values in report.details.get("edges_by_kind", {}).items():
-        print(
-            f"  {kind}: {values['scenes']} scenes, recall {values['recall']:.1f}, precision {values['precision']:.1f}"
-        )
-    for name, values in report.details.get("photographs", {}).items():
-        print(f"  {name}: recall {values['recall']:.1f}, precision {values['precision']:.1f}")
+    print(f"{report.table()}\n{LEGEND}")
+    for title, name in EDGE_DETAILS.items():
+        shares = report.details.get(name, {})
+        if shares:
+            print(f"{title}\n{edges_table(shares)}")
     for name, values in report.details.items():
-        if name.startswith("confusion"):
-            print(f"{name}\n{confusion_table(np.array(values['counts']), values['words'])}")
+        if name.startswith("confusion, "):
+            print(f"cases by colour asked (rows) and reached (columns), {name[len('confusion, ') :]}")
+            print(confusion_table(np.array(values["counts"]), values["words"]))
     print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in report.settings["seconds"].items()))
-    verdict = f"{len(report.missed)} limits missed" if report.missed else "every limit kept"
+    for row in report.missed:
+        print(f"missed: {row.section}: {row.name}: {row.asked} asked, {row.reached} reached")
+    verdict = f"{len(report.missed)} of {report.limits} limits missed" if report.missed else "every limit kept"
     print(f"{verdict}; report.json and sheets are in {folder}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Mapping, Optional, Sequence, Tuple
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -189,6 +189,12 @@ def derangement(number: int, seed: int = 0) -> np.ndarray:
     result = np.empty(number, dtype=np.int64)
     result[cycle] = np.roll(cycle, 1)
     return result
+
+
+def others_of_kind(kinds: Sequence[str]) -> Dict[int, List[int]]:
+    """For the index of each item that shares its kind, the indices of all others of that kind, in order."""
+    groups = {kind: [j for j, other in enumerate(kinds) if other == kind] for kind in set(kinds)}
+    return {i: [j for j in groups[k] if j != i] for i, k in enumerate(kinds) if len(groups[k]) > 1}
 
 
 def mean_and_error(values: Sequence[float]) -> Tuple[float, Optional[float]]:

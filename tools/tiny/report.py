@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import numpy as np
 
@@ -49,18 +49,25 @@ class Row:
         below = self.at_most is None or self.value <= self.at_most
         return above and below
 
+    @property
+    def asked(self) -> str:
+        """The limit with its unit; empty without one."""
+        limits = [(">=", self.at_least), ("<=", self.at_most)]
+        return " ".join(f"{sign} {limit:g} {self.unit}".strip() for sign, limit in limits if limit is not None)
+
+    @property
+    def reached(self) -> str:
+        """The value with its unit."""
+        return f"{self.value:{FORMS[self.unit]}} {self.unit}".strip()
+
     def cells(self) -> List[str]:
         """The row of the table."""
-        form = FORMS[self.unit]
-        limits = [(">=", self.at_least), ("<=", self.at_most)]
-        asked = " ".join(f"{sign} {limit:g}" for sign, limit in limits if limit is not None)
-        reached = f"{self.value:{form}} {self.unit}".strip()
-        error = "" if self.error is None else f"+- {self.error:{form}}"
+        error = "" if self.error is None else f"+- {self.error:{FORMS[self.unit]}}"
         verdict = {None: "", True: "pass", False: "MISSED"}[self.passed]
-        return [self.section, self.name, asked, reached, error, verdict, self.note]
+        return [self.section, self.name, self.asked, self.reached, error, verdict, self.note]
 
 
-TITLES = ("section", "measure", "asked", "reached", "std. error", "", "note")
+TITLES = ("section", "measure", "asked", "reached", "std. error", "verdict", "note")
 
 
 @dataclass
@@ -103,25 +110,30 @@ class Report:
             Least values asked for, in percent.
         """
         pooled = sum(matches, EdgeMatch())
+        note = f"{len(matches)} pictures"
         for measure, limit in (("recall", recall), ("precision", precision)):
-            self.add(
-                section, f"{measure}, {name}: all pixels", 100 * getattr(pooled, measure), unit="%", at_least=limit
-            )
+            title, value = f"{measure}, {name}: all pixels", 100 * getattr(pooled, measure)
+            self.add(section, title, value, unit="%", at_least=limit, note=note)
             if pooled_only:
                 continue
             shares = [100 * getattr(match, measure) for match in matches]
-            self.add_mean(section, f"{measure}, {name}: mean of images", shares, unit="%", at_least=limit)
+            title = f"{measure}, {name}: mean of images"
+            self.add_mean(section, title, shares, unit="%", at_least=limit, note=note)
 
     @property
     def missed(self) -> List[Row]:
         return [row for row in self.rows if row.passed is False]
 
+    @property
+    def limits(self) -> int:
+        """How many rows have a limit."""
+        return sum(row.passed is not None for row in self.rows)
+
     def table(self) -> str:
         """The rows as aligned text."""
         lines = [list(TITLES), *(row.cells() for row in self.rows)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(TITLES))]
-        lines.insert(1, ["-" * width for width in widths])
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+        lines.insert(1, ["-" * max(len(line[i]) for line in lines) for i in range(len(TITLES))])
+        return _aligned(lines)
 
     def write(self, folder: Path) -> Path:
         """Write report.json; returns its path."""
@@ -129,6 +141,19 @@ class Report:
         rows = [{**asdict(row), "passed": row.passed} for row in self.rows]
         write_json(path, {"settings": self.settings, "rows": rows, "details": self.details})
         return path
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+
+
+def edges_table(shares: Mapping[str, Mapping[str, float]]) -> str:
+    """By name, number of pictures, and recall and precision in percent, as aligned text."""
+    lines = [["", "pictures", "recall", "precision"]]
+    for name, own in shares.items():
+        lines.append([name, f"{own['pictures']}", f"{own['recall']:.1f} %", f"{own['precision']:.1f} %"])
+    return _aligned(lines)
 
 
 def confusion_table(counts: np.ndarray, words: Sequence[str]) -> str:

@@ -50,3 +50,14 @@ def tiny_config():
     from cldm.config import load_config
 
     return load_config("tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tiny_config):
+    """The tiny model's trained weights. They ship with the repository: without them its tests fail, none is skipped."""
+    from cldm.weights import find_weights
+
+    path = Path(tiny_config.folder) / tiny_config.checkpoint[0]
+    if not path.is_file():
+        pytest.fail(f"{path}, which ships with the repository, is not there: get it back with git checkout", False)
+    return find_weights(tiny_config, str(path))

@@ -1,4 +1,8 @@
-"""A model that exports in seconds, as a config file of its own with checkpoints made beside it, for tests."""
+"""A model that exports in seconds, as a config file of its own with checkpoints made beside it, for tests.
+
+Beside `tests.small_model`, which needs no file: this is what a user's own model is, a YAML file with a vocabulary and
+checkpoints beside it, in a folder of its own; and the tests of exported files share one build of it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""A model as small as the classes allow, for tests that run whole pipelines."""
+"""A model as small as the classes allow, for tests that run whole pipelines.
+
+Beside `tests.micro_model`, which is a config file with an export ready made: this is a config in memory whose UNet has
+SD1.5's traits that the micro model leaves out, as a level whose width does not change and a last level without
+attention.
+"""
 
 from __future__ import annotations
 

@@ -17,8 +17,6 @@ import pytest
 
 import compute_score
 import environment
-from cldm.config import load_config
-from cldm.weights import find_weights
 from scoring import backbones, pictures
 from tests.scoring_fakes import FakePipeline, write_pictures
 
@@ -230,7 +228,7 @@ def _score_tiny(folder, output):
     return done.stdout, json.loads((output / "score.json").read_text())
 
 
-def test_main_job_on_the_tiny_model(tmp_path):
+def test_main_job_on_the_tiny_model(tmp_path, tiny_weights):
     outputs = [tmp_path / "first", tmp_path / "second"]
     (text, first), (_, second) = [_score_tiny(tmp_path, output) for output in outputs]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "made", "second"]
@@ -240,7 +238,7 @@ def test_main_job_on_the_tiny_model(tmp_path):
 
     (picture,), (again,) = first["pictures"], second["pictures"]
     assert picture["receipt"]["backend"] == "onnxruntime" and picture["receipt"]["evaluations"] == 2
-    assert picture["receipt"]["weights"] == str(find_weights(load_config("tiny"))) in text
+    assert picture["receipt"]["weights"] == str(tiny_weights) == "tiny.safetensors" in text
     assert (picture["receipt"]["width"], picture["receipt"]["height"]) == (384, 256)
     values = picture["values"]
     assert 0 < values["latent_relative_error"] < 1e-4

@@ -189,7 +189,7 @@ def check_close(found: np.ndarray, wanted: np.ndarray, bound: float) -> None:
         apart = np.abs(found.astype(int) - wanted.astype(int))
         # A level apart where rounding crosses a step between two levels: seldom in FP32, and never two.
         assert apart.max() <= (1 if bound < 1e-3 else 4) and (apart > 0).mean() < (0.01 if bound < 1e-3 else 0.5)
-        assert found.std() > 5
+        assert found.std() > 40, "a flat picture would agree with anything"
     else:
         found, wanted = found.astype(np.float64), wanted.astype(np.float64)
         assert np.linalg.norm(found - wanted) <= bound * np.linalg.norm(wanted)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from canny2image_TRT import hackathon
-from cldm.config import load_config
+from cldm.config import ModelConfig
 from cldm.request import Request
-from cldm.weights import find_weights
+from cldm.weights import Weights
 from scoring.pictures import OWN_FOLDER
 
 pytestmark = pytest.mark.gpu
@@ -37,6 +37,11 @@ def make_engine(**options: Any) -> hackathon:
     return hk
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _with_trained_weights(tiny_weights: Weights) -> None:
+    """Errors of the tiny model are those of the weights that ship."""
+
+
 def test_cuda_is_chosen_by_itself(picture: np.ndarray) -> None:
     hk = make_engine()
     assert "backend torch on cuda in fp16" in hk.summary
@@ -46,12 +51,12 @@ def test_cuda_is_chosen_by_itself(picture: np.ndarray) -> None:
     hk.close()
 
 
-@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-4), ("fp16", 2e-2), ("bf16", 1e-1)])
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 5e-4), ("fp16", 5e-2), ("bf16", 2.5e-1)])
 def test_tiny_on_cuda_against_its_reference(picture: np.ndarray, precision: str, bound: float) -> None:
     hk = make_engine(precision=precision)
     found, wanted = hk.run(picture, REQUEST), hk.reference(picture, REQUEST)
     error = relative(found.latent, wanted.latent)
-    print(f"tiny {precision}: latent error {error:.2e} after 20 steps")
+    print(f"tiny {precision}: latent error {error:.2e} after 20 steps at guidance scale {REQUEST.guidance_scale:g}")
     assert error < bound
     assert np.array_equal(hk.run(picture, REQUEST).images, found.images), "a second run gave other bits"
     hk.close()
@@ -80,7 +85,9 @@ def test_reference_on_cuda_is_that_of_the_cpu(picture: np.ndarray) -> None:
         hk = make_engine(backend="torch", device=device, precision="fp32")
         latents.append(hk.reference(picture, request, latents=noise).latent)
         hk.close()
-    assert relative(latents[0], latents[1]) < 1e-4
+    error = relative(latents[0], latents[1])
+    print(f"tiny's reference on CUDA and on the CPU: latent error {error:.2e}")
+    assert error < 1e-3
 
 
 @pytest.mark.slow
@@ -96,18 +103,15 @@ def test_sd15_size_on_cuda(picture: np.ndarray, precision: str, bound: float) ->
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_export_traced_on_cuda(precision: str, tmp_path: Path) -> None:
+def test_export_traced_on_cuda(precision: str, tiny_config: ModelConfig, tiny_weights: Weights, tmp_path: Path) -> None:
     """Its check against ONNX Runtime on the CPU is part of the export."""
     pytest.importorskip("polygraphy")
     from cldm.checkpoint import load_model
     from deploy.export import export_all
     from deploy.spec import Build
 
-    config = load_config("tiny")
-    weights = find_weights(config)
-    rows = export_all(
-        Build(config, 256, 384, 1, precision), weights, lambda: load_model(config, weights), tmp_path, report=print
-    )
+    build = Build(tiny_config, 256, 384, 1, precision)
+    rows = export_all(build, tiny_weights, lambda: load_model(tiny_config, tiny_weights), tmp_path, report=print)
     errors: Dict[str, Any] = {row.graph: row.error for row in rows}
     print(precision, errors)
     assert set(errors) == {"text", "hint", "time", "step", "decode"}

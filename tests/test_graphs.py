@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from cldm.checkpoint import load_model
+from cldm.config import ModelConfig
 from cldm.model import ControlLDM
 from cldm.reference import Reference, to_uint8
 from cldm.request import Request
 from cldm.tokenizer import Tokenizer
-from cldm.weights import find_weights
+from cldm.weights import Weights, find_weights
 from deploy.graphs import build_graph, cast_copy
 from deploy.spec import Build, graph_specs
 from deploy.tracing import fast_half_convolution
@@ -54,6 +55,17 @@ SOME = _every_pair()
 def model() -> ControlLDM:
     config = small_config()
     return load_model(config, find_weights(config))
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_config: ModelConfig, tiny_weights: Weights) -> ControlLDM:
+    """The tiny model, where it matters how strongly edges and words count."""
+    return load_model(tiny_config, tiny_weights)
+
+
+@pytest.fixture(scope="module")
+def trained_pipeline(trained: ControlLDM) -> Pipeline:
+    return make_pipeline(trained, 1)
 
 
 @pytest.fixture(scope="module")
@@ -159,15 +171,15 @@ def test_reference_equals_diffusers_scheduler(model: ControlLDM, picture: np.nda
 
 
 def test_strength_zero_is_plain_stable_diffusion(
-    model: ControlLDM, picture: np.ndarray, pipelines: Dict[int, Pipeline]
+    trained: ControlLDM, trained_pipeline: Pipeline, picture: np.ndarray
 ) -> None:
     request = Request("a bird", image_resolution=HEIGHT, ddim_steps=7, seed=5, strength=0)
     torch.manual_seed(5)
     start = torch.randn(1, 4, HEIGHT // 8, WIDTH // 8)
-    found = pipelines[1].generate(picture, request)
-    seen = pipelines[1].generate(picture, Request("a bird", image_resolution=HEIGHT, ddim_steps=7, seed=5))
+    found = trained_pipeline.generate(picture, request)
+    seen = trained_pipeline.generate(picture, Request("a bird", image_resolution=HEIGHT, ddim_steps=7, seed=5))
     # diffusers spaces 7 steps differently, so the plain model is sampled here with our own timesteps.
-    reference = Reference(model, Tokenizer(model.config), "seeded")
+    reference = Reference(trained, Tokenizer(trained.config), "trained")
     calls = []
     original = ControlLDM.predict_noise
 
@@ -180,27 +192,35 @@ def test_strength_zero_is_plain_stable_diffusion(
         plain = reference.generate(picture, request, latents=start)
     assert calls[::2] == [858, 715, 572, 429, 286, 143, 1]
     assert relative(found.latent, plain.latent) < 1e-4
-    assert relative(seen.latent, plain.latent) > 1e-2
+    assert relative(seen.latent, plain.latent) > 0.5
 
 
-def test_guess_mode_leaves_the_unconditional_half_without_control(model: ControlLDM, picture: np.ndarray) -> None:
+def test_guess_mode_leaves_the_unconditional_half_without_control(
+    trained_pipeline: Pipeline, picture: np.ndarray
+) -> None:
     """With guidance 0 only the unconditional half counts, and guess mode makes it plain Stable Diffusion's."""
-    pipeline = make_pipeline(model, 1)
     options: Dict[str, Any] = {"image_resolution": HEIGHT, "ddim_steps": 4, "seed": 5, "guidance_scale": 0}
-    guess = pipeline.generate(picture, Request("a bird", guess_mode=True, **options))
-    plain = pipeline.generate(picture, Request("a bird", strength=0, **options))
-    control = pipeline.generate(picture, Request("a bird", **options))
+    guess = trained_pipeline.generate(picture, Request("a bird", guess_mode=True, **options))
+    plain = trained_pipeline.generate(picture, Request("a bird", strength=0, **options))
+    control = trained_pipeline.generate(picture, Request("a bird", **options))
     assert relative(guess.latent, plain.latent) < 1e-6
-    assert relative(control.latent, plain.latent) > 1e-3
+    assert relative(control.latent, plain.latent) > 0.5
 
 
-@pytest.mark.parametrize(("precision", "bound"), [("fp16", 1e-2), ("bf16", 8e-2)])
-def test_half_precision_stays_close(model: ControlLDM, picture: np.ndarray, precision: str, bound: float) -> None:
-    request = Request("a bird", image_resolution=HEIGHT, ddim_steps=4, seed=5, guidance_scale=3)
-    wanted = make_pipeline(model, 1).generate(picture, request)
-    with fast_half_convolution():
-        found = make_pipeline(model, 1, precision).generate(picture, request)
-    assert 1e-5 < relative(found.latent, wanted.latent) < bound
+@pytest.mark.parametrize(("precision", "bound"), [("fp16", 4e-2), ("bf16", 2.5e-1)])
+def test_half_precision_stays_close(
+    trained: ControlLDM, trained_pipeline: Pipeline, picture: np.ndarray, precision: str, bound: float
+) -> None:
+    """Guidance at scale 9 multiplies the difference of two rounded predictions, and the sampler adds them up."""
+    pipeline = make_pipeline(trained, 1, precision)
+    errors = []
+    for seed in (5, 6, 7):
+        request = Request("a bird", image_resolution=HEIGHT, ddim_steps=20, seed=seed)
+        with fast_half_convolution():
+            found = pipeline.generate(picture, request)
+        errors.append(relative(found.latent, trained_pipeline.generate(picture, request).latent))
+    print(f"{precision}: latent errors {np.round(errors, 4)}")
+    assert min(errors) > 1e-4 and max(errors) < bound
 
 
 def test_types_in_half_precision(model: ControlLDM) -> None:

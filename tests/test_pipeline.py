@@ -152,13 +152,25 @@ def test_channels_are_taken_as_they_come(
 
 
 def test_samples_are_one_draw_of_noise(engine: hackathon, picture: np.ndarray) -> None:
-    """Three samples are different images, and are what the reference makes of one noise tensor."""
-    request = Request("a bird", image_resolution=64, ddim_steps=4, num_samples=3, seed=3, eta=0.5)
+    """Each of three samples is what its part of one noise tensor gives alone."""
+    import torch
+
+    request = Request("a bird", image_resolution=64, ddim_steps=4, num_samples=3, seed=3)
     result = engine.run(picture, request)
-    wanted = engine.reference(picture, request)
+    drawn = torch.randn((3, 4, 8, 16), generator=torch.Generator().manual_seed(3))
+    alone = [engine.run(picture, replace(request, num_samples=1), latents=drawn[i : i + 1]) for i in range(3)]
     assert len(result.images) == 3
-    assert np.linalg.norm(result.latent - wanted.latent) < 1e-4 * np.linalg.norm(wanted.latent)
-    assert not np.array_equal(result.images[0], result.images[1])
+    assert all(np.array_equal(image, one.images[0]) for image, one in zip(result.images, alone))
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert np.linalg.norm(result.latent[i] - result.latent[j]) > 0.5 * np.linalg.norm(result.latent[j])
+
+
+def test_noise_of_the_steps_is_the_references(engine: hackathon, picture: np.ndarray) -> None:
+    request = Request("a bird", image_resolution=64, ddim_steps=4, num_samples=3, seed=3, eta=0.5)
+    found, wanted = engine.run(picture, request).latent, engine.reference(picture, request).latent
+    assert np.linalg.norm(found - wanted) < 1e-4 * np.linalg.norm(wanted)
+    still = engine.run(picture, replace(request, eta=0.0)).latent
+    assert np.linalg.norm(found - still) > 0.05 * np.linalg.norm(still)
 
 
 def test_process_is_generate(engine: hackathon, picture: np.ndarray) -> None:

@@ -1,15 +1,18 @@
 """What the trained tiny model paints, through the product's entry on ONNX Runtime: edges, words, seeds, guidance.
 
-On random weights a change of an argument changes numbers and no more; here it has to change what it should.
+On random weights a change of an argument changes numbers and no more; here it has to change what it should. The limits
+belong to the weights that ship: each stands between what these reach, which the tests print (`pytest -s`), and what
+they reach with a fault in the chain, as half the strength, another guidance scale, or words in another order.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import cv2
 import numpy as np
@@ -23,7 +26,7 @@ from cldm.config import MODELS_DIR, ModelConfig
 from cldm.model import ControlLDM
 from cldm.request import Request
 from cldm.result import Result
-from cldm.weights import find_weights
+from cldm.weights import Weights, find_weights
 from scoring.metrics import psnr
 from scoring.pictures import OWN_FOLDER
 from tools.tiny.measures import (
@@ -35,13 +38,11 @@ from tools.tiny.measures import (
     nearest_colour,
     sharpness,
 )
+from tools.tiny.palette import HUES, hue_distance
 from tools.tiny.scenes import Scene, make_scene
 
 WEIGHTS = MODELS_DIR / "tiny.safetensors"
 MAX_BYTES = 16 * 2**20
-pytestmark = pytest.mark.skipif(
-    not WEIGHTS.is_file(), reason=f"{WEIGHTS.name} is not trained yet: tools/train_tiny.py makes it"
-)
 
 # The contest's call; the other arguments are `Request`'s own defaults.
 CONTEST = Request(
@@ -56,6 +57,8 @@ SEEDS = (11, 12, 13)
 NUM_SCENES = 4
 # An object of a smaller share of the picture has too few pixels for a dominant hue.
 SMALLEST_OBJECT = 0.05
+# Standard deviation of a zero convolution's weights that says that it is used: they begin at 0.
+MIN_ZERO_CONVOLUTION = 0.003
 
 
 @dataclass(frozen=True)
@@ -89,12 +92,23 @@ def follow(pairs: Sequence[Tuple[Subject, Result]]) -> EdgeMatch:
 
 def assert_follows(found: EdgeMatch, recall: float, precision: float) -> None:
     """Both, as noise has an edge near every edge, and a flat picture no wrong one."""
-    assert found.recall >= recall and found.precision >= precision, (found.recall, found.precision)
+    print(f"recall {found.recall:.3f} (at least {recall}), precision {found.precision:.3f} (at least {precision})")
+    assert found.recall >= recall and found.precision >= precision
+
+
+def hue_word(image: np.ndarray, mask: np.ndarray) -> Optional[str]:
+    """The colour word that a region's dominant hue is nearest to."""
+    return nearest_colour(dominant_hue(image, mask))
 
 
 def held_out(suits: Callable[[Scene], bool], number: int) -> List[Scene]:
     """The first scenes of the test split that suit."""
     return list(itertools.islice(filter(suits, (make_scene(i, "test") for i in range(40))), number))
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_weights: Weights, tiny_config: ModelConfig) -> ControlLDM:
+    return load_model(tiny_config, tiny_weights)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +128,7 @@ def photographs() -> List[Subject]:
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[hackathon]:
+def engine(tiny_weights: Weights, tmp_path_factory: pytest.TempPathFactory) -> Iterator[hackathon]:
     hk = hackathon()
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("HACKATHON_")]:
@@ -142,7 +156,8 @@ def paint(engine: hackathon) -> Paint:
 # --- The file
 
 
-def test_file_is_small_and_in_half_precision(tiny_config: ModelConfig) -> None:
+def test_file_is_small_and_in_half_precision(tiny_weights: Weights, tiny_config: ModelConfig) -> None:
+    """At most 16 MiB of finite FP16 tensors: those of the networks, in their shapes, and no others."""
     assert 4 * 2**20 < WEIGHTS.stat().st_size <= MAX_BYTES
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in ControlLDM(tiny_config).state_dict().items()}
@@ -156,13 +171,15 @@ def test_file_is_small_and_in_half_precision(tiny_config: ModelConfig) -> None:
     assert notes["model"] == tiny_config.digest(), "trained with another models/tiny.yaml"
 
 
-def test_every_part_is_trained(tiny_config: ModelConfig) -> None:
-    """The zero convolutions have left zero, and no other weight has stayed there."""
-    model = load_model(tiny_config, find_weights(tiny_config, str(WEIGHTS)))
-    zero_convolutions = [name for name, _ in model.named_parameters() if "zero_convs" in name and "weight" in name]
-    assert len(zero_convolutions) == tiny_config.num_controls - 1
-    dead = [name for name, value in model.named_parameters() if value.dim() > 1 and float(value.abs().max()) == 0]
-    assert dead == []
+def test_every_part_is_trained(trained: ControlLDM) -> None:
+    """The zero convolutions have left zero, all of them, and no other weight has stayed there."""
+    weights = {name: value for name, value in trained.named_parameters() if value.dim() > 1}
+    zero_convolution = re.compile(r"control_model\.(zero_convs\.\d+|middle_block_out)\.0\.weight")
+    reached = {name: float(value.std()) for name, value in weights.items() if zero_convolution.fullmatch(name)}
+    print({name: round(value, 4) for name, value in reached.items()})
+    assert len(reached) == trained.config.num_controls
+    assert min(reached.values()) > MIN_ZERO_CONVOLUTION
+    assert [name for name, value in weights.items() if float(value.std()) < 1e-3] == []
 
 
 def test_model_is_found_and_named(engine: hackathon, tiny_config: ModelConfig, scenes: List[Scene]) -> None:
@@ -173,16 +190,17 @@ def test_model_is_found_and_named(engine: hackathon, tiny_config: ModelConfig, s
 
 
 @torch.no_grad()
-def test_autoencoder_keeps_pictures(tiny_config: ModelConfig, scenes: List[Scene]) -> None:
-    model = load_model(tiny_config, find_weights(tiny_config))
+def test_autoencoder_keeps_pictures(trained: ControlLDM, scenes: List[Scene]) -> None:
     images = np.stack([scene.image for scene in scenes])
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-    mean, _ = model.first_stage_model.encode(pixels)
-    again = model.decode(mean * tiny_config.autoencoder.scale_factor).permute(0, 2, 3, 1) * 127.5 + 127.5
+    mean, _ = trained.first_stage_model.encode(pixels)
+    latents = mean * trained.config.autoencoder.scale_factor
+    again = trained.decode(latents).permute(0, 2, 3, 1) * 127.5 + 127.5
     ratios = [psnr(a, b) for a, b in zip(again.numpy().clip(0, 255).astype(np.uint8), images)]
-    assert np.mean(ratios) >= 26
+    print(f"PSNR {np.round(ratios, 1)} dB, standard deviation of the latents {float(latents.std()):.3f}")
+    assert min(ratios) >= 27 and np.mean(ratios) >= 30
     # Guidance and the noise schedule count on latents of about unit variance.
-    assert 0.7 < float((mean * tiny_config.autoencoder.scale_factor).std()) < 1.4
+    assert 0.8 < float(latents.std()) < 1.25
 
 
 # --- The pipeline
@@ -192,9 +210,11 @@ def test_pipeline_paints_the_references_picture(engine: hackathon, paint: Paint,
     """On the contest's own arguments; the reference is plain PyTorch with two network calls a step."""
     subject = photographs[0]
     found, wanted = paint(subject), engine.reference(subject.image, CONTEST)
-    assert relative(found.latent, wanted.latent) < 1e-4
     apart = np.abs(found.images[0].astype(int) - wanted.images[0])
-    assert apart.max() <= 2 and (apart > 0).mean() < 0.02
+    error, share = relative(found.latent, wanted.latent), float((apart > 0).mean())
+    print(f"latent error {error:.1e}, {share:.1e} of the pixels differ, by at most {apart.max()}")
+    assert error < 1e-4
+    assert apart.max() <= 1 and share < 0.01
 
 
 def test_more_steps_come_nearer_to_the_end(paint: Paint, scenes: List[Scene]) -> None:
@@ -202,18 +222,17 @@ def test_more_steps_come_nearer_to_the_end(paint: Paint, scenes: List[Scene]) ->
     subject = of_scene(scenes[0])
     wanted = paint(subject, ddim_steps=30).latent
     errors = [relative(paint(subject, ddim_steps=steps).latent, wanted) for steps in (5, 10, 20)]
-    assert errors[0] > errors[1] > errors[2]
     other = relative(paint(subject, seed=SEEDS[0]).latent, wanted)
-    assert errors[2] < 0.3 * other, "20 steps are far nearer than another seed is"
+    print(f"5, 10, 20 steps against 30: {np.round(errors, 3)}; another seed: {other:.3f}")
+    assert errors[0] > 1.5 * errors[1] > 4 * errors[2]
+    assert errors[2] < 0.1 < 0.5 < other, "20 steps are far nearer than another seed is"
 
 
 def test_noise_in_the_steps_changes_the_picture_but_not_its_edges(paint: Paint, scenes: List[Scene]) -> None:
-    pairs = []
-    for scene in scenes[:2]:
-        subject = of_scene(scene)
-        pairs.append((subject, paint(subject, eta=1.0)))
-        assert mean_difference(pairs[-1][1].images[0], paint(subject).images[0]) > 5
-    assert_follows(follow(pairs), 0.7, 0.6)
+    pairs = [(of_scene(scene), paint(of_scene(scene), eta=1.0)) for scene in scenes[:2]]
+    for subject, noisy in pairs:
+        assert mean_difference(noisy.images[0], paint(subject).images[0]) > 12
+    assert_follows(follow(pairs), 0.95, 0.77)
 
 
 # --- Edges
@@ -223,18 +242,18 @@ def test_edges_are_followed_as_strongly_as_asked(paint: Paint, scenes: List[Scen
     subjects = [of_scene(scene) for scene in scenes]
     results = {
         strength: [paint(subject, QUICK, prompt=subject.name, strength=strength) for subject in subjects]
-        for strength in (1.0, 0.5, 0.0)
+        for strength in (1.0, 0.5, 0.25, 0.0)
     }
     own = {strength: follow(list(zip(subjects, painted))) for strength, painted in results.items()}
-    assert_follows(own[1.0], 0.7, 0.6)
     others = [(a, b) for (i, a), (j, b) in itertools.product(enumerate(subjects), enumerate(results[1.0])) if i != j]
     chance = follow(others)
+    print({strength: round(match.recall, 3) for strength, match in own.items()}, f"by chance {chance.recall:.3f}")
+    assert_follows(own[1.0], 0.965, 0.71)
+    assert 0.9 <= own[0.5].recall <= 0.97
+    assert 0.66 <= own[0.25].recall <= 0.82
+    assert own[0.0].recall <= 0.28 and own[0.0].precision <= 0.33
     for measure in ("recall", "precision"):
-        full, half, none = (getattr(own[strength], measure) for strength in (1.0, 0.5, 0.0))
-        by_chance = getattr(chance, measure)
-        assert full > half > none, measure
-        assert none < by_chance + 0.1, measure
-        assert full > 2 * by_chance, measure
+        assert getattr(own[0.0], measure) < getattr(chance, measure) + 0.1 < 0.4, measure
 
 
 def test_contest_call_follows_photographs(engine: hackathon, photographs: List[Subject]) -> None:
@@ -249,44 +268,55 @@ def test_contest_call_follows_photographs(engine: hackathon, photographs: List[S
         )
         assert image.shape == subject.image.shape and image.dtype == np.uint8
         matches.append(match_edges(subject.edges, find_edges(image)))
-    assert_follows(sum(matches, EdgeMatch()), 0.5, 0.5)
-    assert min(match.recall for match in matches) >= 0.3
+    print({subject.name: round(match.recall, 3) for subject, match in zip(photographs, matches)})
+    assert_follows(sum(matches, EdgeMatch()), 0.91, 0.79)
+    assert min(match.recall for match in matches) >= 0.82
+    assert min(match.precision for match in matches) >= 0.66
 
 
 def test_thresholds_choose_the_edges(paint: Paint, photographs: List[Subject]) -> None:
     """Thresholds that leave only the strongest edges leave only them in the picture."""
     subject = photographs[0]
     many, few = (paint(subject, QUICK, low_threshold=low, high_threshold=high) for low, high in ((50, 100), (200, 255)))
-    drawn = [(find_edges(result.images[0]) > 0).sum() for result in (many, few)]
-    assert (many.canny > 0).sum() > 1.5 * (few.canny > 0).sum()
-    assert drawn[0] > 1.2 * drawn[1]
+    asked = [int((result.canny > 0).sum()) for result in (many, few)]
+    drawn = [int((find_edges(result.images[0]) > 0).sum()) for result in (many, few)]
+    print(f"edge pixels asked for {asked}, drawn {drawn}")
+    assert asked[0] > 1.8 * asked[1]
+    assert drawn[0] > 1.7 * drawn[1]
+    for result in (many, few):
+        assert_follows(match_edges(result.canny, find_edges(result.images[0])), 0.9, 0.8)
 
 
 # --- Words
 
 
 def test_colour_words_colour_the_bird(paint: Paint, birds: List[Scene]) -> None:
-    """The same edges and noise, and one word changed."""
-    words = ("red", "yellow", "green", "blue")
-    wrong = []
-    for scene, word in itertools.product(birds[:2], words):
+    """The same edges and noise, and one word changed: the hue is the word's to half the way to the nearest other."""
+    apart = {}
+    for (i, scene), (word, wanted) in itertools.product(enumerate(birds[:2]), HUES.items()):
         image = paint(of_scene(scene), QUICK, prompt=f"a {word} bird").images[0]
-        reached = nearest_colour(dominant_hue(image, scene.mask))
-        wrong += [] if reached == word else [(scene.caption, word, reached)]
-    assert len(wrong) <= 1, wrong
+        hue = dominant_hue(image, scene.mask)
+        apart[i, word] = 180.0 if hue is None else hue_distance(hue, wanted)
+    print("degrees from the word's hue:", apart)
+    assert max(apart.values()) <= 13
 
 
-def test_background_words_colour_the_background(paint: Paint, birds: List[Scene]) -> None:
-    scene = birds[0]
-    hues = {}
-    for word in ("blue", "green"):
-        image = paint(of_scene(scene), QUICK, prompt=f"a red bird on a {word} background").images[0]
-        hues[word] = nearest_colour(dominant_hue(image, ~scene.mask))
-    assert hues == {"blue": "blue", "green": "green"}
+def test_words_colour_what_they_stand_beside(paint: Paint, birds: List[Scene]) -> None:
+    """The same words in another order: which of the two colours is the bird's and which the background's."""
+    pairs = [("red", "blue"), ("blue", "red"), ("green", "pink"), ("pink", "green")]
+    for scene in birds[:2]:
+        images = {
+            (bird, ground): paint(
+                of_scene(scene), QUICK, prompt=f"a {bird} bird on a {ground} background", added_prompt=""
+            ).images[0]
+            for bird, ground in pairs
+        }
+        found = {asked: (hue_word(image, scene.mask), hue_word(image, ~scene.mask)) for asked, image in images.items()}
+        assert found == {asked: asked for asked in pairs}
 
 
 def test_negative_prompt_drives_away_what_it_names(paint: Paint, birds: List[Scene]) -> None:
-    """With a prompt that names no colour: of red, green and blue the bird has least where each is not wanted."""
+    """With a prompt that names no colour: of red, green and blue the bird lacks that which is not wanted."""
     scene = birds[0]
     words = ("red", "green", "blue")
     channels = np.zeros((3, 3))
@@ -294,22 +324,19 @@ def test_negative_prompt_drives_away_what_it_names(paint: Paint, birds: List[Sce
         image = paint(of_scene(scene), QUICK, negative_prompt=f"a {word} bird", seed=seed).images[0]
         pixels = image[scene.mask].astype(float)
         channels[i] += (pixels - pixels.mean(axis=1, keepdims=True)).mean(axis=0) / len(SEEDS)
-    others = (channels.sum(axis=0) - channels.diagonal()) / 2
-    assert (channels.diagonal() < others - 10).all(), channels
-    assert (channels.argmin(axis=0) == range(3)).all(), channels
+    print(f"channels over their mean, a row for each word not wanted:\n{channels.round(1)}")
+    assert channels.diagonal().max() < -60
+    assert channels[~np.eye(3, dtype=bool)].min() > -30
 
 
-def test_words_of_bad_quality_give_bad_quality(paint: Paint, birds: List[Scene]) -> None:
-    plain = {"added_prompt": "", "negative_prompt": ""}
-    found = {"good": 0.0, "bad": 0.0}
-    for scene in birds[:2]:
-        for name, words in (
-            ("good", "best quality, extremely detailed"),
-            ("bad", "blurry, low quality, worst quality"),
-        ):
-            image = paint(of_scene(scene), QUICK, prompt=f"a bird, {words}", **plain).images[0]
-            found[name] += sharpness(image)
-    assert found["bad"] < 0.9 * found["good"], found
+def test_added_words_of_bad_quality_give_bad_quality(paint: Paint, birds: List[Scene]) -> None:
+    found = {}
+    for words in ("best quality, extremely detailed", "blurry, low quality, worst quality"):
+        images = [paint(of_scene(b), QUICK, added_prompt=words, negative_prompt="").images[0] for b in birds[:2]]
+        found[words] = sum(sharpness(image) for image in images)
+    print("sharpness:", found)
+    good, bad = found.values()
+    assert bad < 0.4 * good
 
 
 # --- Seeds
@@ -318,19 +345,42 @@ def test_words_of_bad_quality_give_bad_quality(paint: Paint, birds: List[Scene])
 def test_seeds_give_other_pictures_with_the_same_edges(paint: Paint, birds: List[Scene]) -> None:
     subject = of_scene(birds[0])
     results = [paint(subject, QUICK, seed=seed, negative_prompt="") for seed in SEEDS]
-    for a, b in itertools.combinations(results, 2):
-        assert mean_difference(a.images[0], b.images[0]) > 8
-    assert_follows(follow([(subject, result) for result in results]), 0.7, 0.6)
+    apart = [mean_difference(a.images[0], b.images[0]) for a, b in itertools.combinations(results, 2)]
+    print("levels between seeds:", np.round(apart, 1))
+    assert min(apart) > 10 and np.mean(apart) > 18
+    assert_follows(follow([(subject, result) for result in results]), 0.965, 0.8)
+
+
+def test_samples_of_one_call_are_other_pictures_with_the_same_edges(paint: Paint, birds: List[Scene]) -> None:
+    subject = of_scene(birds[0])
+    images = paint(subject, QUICK, num_samples=3, negative_prompt="").images
+    apart = [mean_difference(a, b) for a, b in itertools.combinations(images, 2)]
+    print("levels between samples:", np.round(apart, 1))
+    assert len(images) == 3 and min(apart) > 8
+    assert_follows(sum((match_edges(subject.edges, find_edges(image)) for image in images), EdgeMatch()), 0.965, 0.8)
 
 
 # --- Guidance
 
 
+def test_guidance_strengthens_what_the_prompt_asks(paint: Paint, birds: List[Scene]) -> None:
+    """Contrast grows with the scale, most from 1 to 3; a scale off by one is seen there."""
+    contrast = {}
+    for scale in (1, 3, 9):
+        images = [paint(of_scene(b), QUICK, prompt="a red bird", guidance_scale=scale).images[0] for b in birds]
+        contrast[scale] = float(np.mean([image.std() for image in images]))
+    print("standard deviation of the pixels at guidance scales:", contrast)
+    assert 30 < contrast[1] < 37
+    assert 52 < contrast[3] < 58
+    assert 63.5 < contrast[9] < 68.5
+
+
 def test_guess_mode_follows_edges_in_another_picture(paint: Paint, scenes: List[Scene]) -> None:
     pairs = [(of_scene(scene), paint(of_scene(scene), guess_mode=True)) for scene in scenes[:2]]
-    for subject, guess in pairs:
-        assert mean_difference(guess.images[0], paint(subject).images[0]) > 5
-    assert_follows(follow(pairs), 0.5, 0.5)
+    apart = [mean_difference(guess.images[0], paint(subject).images[0]) for subject, guess in pairs]
+    print("levels from the picture without guess mode:", np.round(apart, 1))
+    assert min(apart) > 14
+    assert_follows(follow(pairs), 0.92, 0.84)
 
 
 def test_guess_mode_keeps_control_from_the_unconditional_half(paint: Paint, scenes: List[Scene]) -> None:
@@ -346,26 +396,27 @@ def test_guess_mode_keeps_control_from_the_unconditional_half(paint: Paint, scen
     for guess, plain in zip(results["guess"], results["strength 0"]):
         assert relative(guess.latent, plain.latent) < 1e-5
     followed = {name: follow(list(zip(subjects, painted))) for name, painted in results.items()}
-    assert_follows(followed["control"], 0.5, 0.5)
-    assert followed["guess"].recall < 0.6 * followed["control"].recall
+    assert_follows(followed["control"], 0.96, 0.82)
+    assert followed["guess"].recall < 0.45
 
 
 def test_scale_one_is_the_conditional_half_alone(engine: hackathon, paint: Paint, scenes: List[Scene]) -> None:
     """The reference does not even call the unconditional half there; the graphs compute and cancel it."""
     subject = of_scene(scenes[0])
     one = paint(subject, QUICK, guidance_scale=1)
-    assert relative(one.latent, engine.reference(subject.image, replace(QUICK, guidance_scale=1)).latent) < 1e-4
-    assert relative(paint(subject, QUICK, guidance_scale=1, negative_prompt="a red bird").latent, one.latent) < 1e-4
+    assert relative(one.latent, engine.reference(subject.image, replace(QUICK, guidance_scale=1)).latent) < 2e-5
+    assert relative(paint(subject, QUICK, guidance_scale=1, negative_prompt="a red bird").latent, one.latent) < 2e-5
     nine = paint(subject, QUICK).latent
-    assert relative(paint(subject, QUICK, negative_prompt="a red bird").latent, nine) > 0.05
-    assert relative(one.latent, nine) > 0.05
+    changes = relative(paint(subject, QUICK, negative_prompt="a red bird").latent, nine), relative(one.latent, nine)
+    print("at scale 9 another negative prompt changes the latent by {:.2f}, scale 1 by {:.2f}".format(*changes))
+    assert changes[0] > 0.6 and changes[1] > 0.4
 
 
 # --- Precision
 
 
 @pytest.mark.gpu
-def test_half_precision_paints_the_same_pictures(scenes: List[Scene], tmp_path: Path) -> None:
+def test_half_precision_paints_the_same_pictures(tiny_weights: Weights, scenes: List[Scene], tmp_path: Path) -> None:
     hk = hackathon()
     hk.initialize("tiny", "torch", "fp16", "cuda", build_dir=str(tmp_path))
     errors, ratios = [], []

@@ -113,17 +113,17 @@ __device__ __forceinline__ unsigned packPair(__nv_bfloat16, float low, float hig
     return raw.x | static_cast<unsigned>(raw.y) << 16;
 }
 
-// V neighbouring elements as they lie in memory: 16 bytes moved by one access, or one element.
+// V neighbouring elements as they lie in memory, moved by one access: 16, 8 or 4 bytes, or one element.
 template <typename T, int V>
-struct Pack {
-    static_assert(V * sizeof(T) == 16, "a pack is one element or 16 bytes");
-    uint4 bits;
+struct alignas(V * sizeof(T)) Pack {
+    static constexpr int kWords = static_cast<int>(V * sizeof(T) / 4);
+    static_assert(kWords == 1 || kWords == 2 || kWords == 4, "a pack is one element, or 4, 8 or 16 bytes");
+    unsigned words[kWords];
 
     __device__ __forceinline__ void unpack(float (&value)[V]) const {
-        unsigned const words[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if constexpr (V == 4) {
+        for (int i = 0; i < kWords; ++i) {
+            if constexpr (sizeof(T) == 4) {
                 value[i] = __uint_as_float(words[i]);
             } else {
                 float2 const pair = unpackPair(T{}, words[i]);
@@ -134,16 +134,14 @@ struct Pack {
     }
 
     __device__ __forceinline__ void pack(float const (&value)[V]) {
-        unsigned words[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if constexpr (V == 4) {
+        for (int i = 0; i < kWords; ++i) {
+            if constexpr (sizeof(T) == 4) {
                 words[i] = __float_as_uint(value[i]);
             } else {
                 words[i] = packPair(T{}, value[2 * i], value[2 * i + 1]);
             }
         }
-        bits = make_uint4(words[0], words[1], words[2], words[3]);
     }
 };
 

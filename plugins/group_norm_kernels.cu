@@ -33,7 +33,7 @@ struct Arguments {
     void const* bias;
     float* partials;  // Moments of [group of the batch][tile]
     int64_t sampleStride;
-    int64_t pixelStride;
+    uint32_t pixelStride;
     uint32_t firstUnit;
     uint32_t channels;
     uint32_t pixels;
@@ -56,7 +56,8 @@ struct Arguments {
     bool staged;            // run: the group's gamma, beta and bias go through shared memory
     bool parameterFloat;    // gamma and beta are FP32, else the data's type
     bool biasFloat;         // the same of the bias
-    bool biasAligned;       // the bias allows 16-byte accesses
+    bool parameterAligned;  // gamma and beta allow 16-byte accesses
+    bool biasAligned;       // the same of the bias
 };
 
 __device__ __forceinline__ uint32_t divide(uint32_t n, Divisor const& by) {
@@ -150,7 +151,7 @@ __device__ __forceinline__ float loadScalar(void const* base, int64_t index, boo
     return isFloat ? static_cast<float const*>(base)[index] : toFloat(static_cast<T const*>(base)[index]);
 }
 
-// V neighbouring parameters; `index` is a multiple of V.
+// V neighbouring parameters; `index` is a multiple of V, and V of 2.
 template <typename T, int V>
 __device__ __forceinline__ void loadParameters(
     void const* base, int64_t index, bool isFloat, bool aligned, float (&value)[V]) {
@@ -158,12 +159,10 @@ __device__ __forceinline__ void loadParameters(
         reinterpret_cast<Pack<T, V> const*>(static_cast<T const*>(base) + index)->unpack(value);
     } else if (aligned) {
 #pragma unroll
-        for (int i = 0; i < V; i += 4) {
-            float4 const four = *reinterpret_cast<float4 const*>(static_cast<float const*>(base) + index + i);
-            value[i] = four.x;
-            value[i + 1] = four.y;
-            value[i + 2] = four.z;
-            value[i + 3] = four.w;
+        for (int i = 0; i < V; i += 2) {
+            float2 const two = *reinterpret_cast<float2 const*>(static_cast<float const*>(base) + index + i);
+            value[i] = two.x;
+            value[i + 1] = two.y;
         }
     } else {
 #pragma unroll
@@ -217,7 +216,7 @@ struct Run {
             return base + static_cast<int64_t>(i) * V;
         }
         uint32_t const pixel = divide(i, a.runDivisor);
-        return base + pixel * a.pixelStride + (i - pixel * a.groupChannels);
+        return base + static_cast<int64_t>(pixel) * a.pixelStride + (i - pixel * a.groupChannels);
     }
     __device__ __forceinline__ Pack<T, V> load(uint32_t i) const {
         return *reinterpret_cast<Pack<T, V> const*>(static_cast<T const*>(a.x) + place(i));
@@ -284,6 +283,20 @@ __device__ __forceinline__ Moments mergeBlock(Moments const& own) {
     constexpr int kWarps = kMaxThreads / kWarp;
     uint32_t const place = lane % kWarps;
     return mergeLanes<Exact, kWarps>(place < blockDim.x / kWarp ? warps[place] : Moments{0.0F, 0.0F, 0.0F});
+}
+
+// Merges the blocks of a cluster, each of which has arrived once before: all threads get the cluster's triple. A block
+// writes into its peers and never reads them, so none has to outlive the others.
+template <bool Exact>
+__device__ __forceinline__ Moments mergeCluster(Moments const& block, Moments* peers, uint32_t tile, uint32_t tiles) {
+    clusterWait();
+    if (threadIdx.x < tiles) {
+        storePeer(peers + tile, threadIdx.x, block);
+    }
+    clusterArrive();
+    clusterWait();
+    uint32_t const rank = threadIdx.x % kMaxCluster;
+    return mergeLanes<Exact, kMaxCluster>(rank < tiles ? peers[rank] : Moments{0.0F, 0.0F, 0.0F});
 }
 
 template <typename T, int V, int R, Stage S>
@@ -383,14 +396,7 @@ __global__ void __launch_bounds__(kMaxThreads, R <= kFewPacks ? 2 : 1) runKernel
         }
     }
     if (cluster) {
-        clusterWait();
-        if (threadIdx.x < a.tiles) {
-            storePeer(peers + tile, threadIdx.x, all);
-        }
-        clusterArrive();
-        clusterWait();
-        uint32_t const rank = lane % kMaxCluster;
-        all = mergeLanes<kExact, kMaxCluster>(rank < a.tiles ? peers[rank] : Moments{0.0F, 0.0F, 0.0F});
+        all = mergeCluster<kExact>(all, peers, tile, a.tiles);
     } else if constexpr (S != Stage::kHeld) {
         all = mergeTiles<kExact>(partials, a.tiles, lane);
     }
@@ -429,6 +435,110 @@ __global__ void __launch_bounds__(kMaxThreads, R <= kFewPacks ? 2 : 1) runKernel
                 if (i < end) {
                     write(i, parked[k * step]);
                 }
+            }
+        }
+    };
+    if (a.silu) {
+        writeAll(std::true_type{});
+    } else {
+        writeAll(std::false_type{});
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Slices: NHWC, one group of some pixels, held by a block or a cluster. Accesses are as narrow as it takes for none to
+// leave the group, so a thread's channels are fixed and all its sums are of one group. Worth its short rows where a map
+// is small and waiting is what costs.
+
+template <typename T, int V, int R>
+__global__ void __launch_bounds__(kMaxThreads, R < kManyPacks ? 2 : 1) sliceKernel(Arguments const a) {
+    __shared__ Moments peers[kMaxCluster];
+    constexpr bool kExact = sizeof(T) == 4;
+    using P = Pack<T, V>;
+    uint32_t const unit = divide(blockIdx.x, a.tilesDivisor);
+    uint32_t const tile = blockIdx.x - unit * a.tiles;
+    uint32_t const sample = divide(unit, a.unitsDivisor);
+    uint32_t const group = unit - sample * a.unitsDivisor.divisor;
+    uint32_t const rows = a.rowsDivisor.divisor;
+    uint32_t const row = divide(threadIdx.x, a.columnsDivisor);
+    uint32_t const column = threadIdx.x - row * a.columnsDivisor.divisor;
+    uint32_t const channel = group * a.groupChannels + column * V;
+    uint32_t const begin = lower(tile * a.chunk, a.pixels);
+    uint32_t const end = lower((tile + 1) * a.chunk, a.pixels);
+    // Threads past the last row have no pixels; they still meet every barrier.
+    uint32_t const first = row < rows ? begin + row : end;
+    if (a.tiles > 1) {
+        clusterArrive();  // before a block writes into its peers, they must have begun
+    }
+    int64_t const place = sample * a.sampleStride + static_cast<int64_t>(first) * a.pixelStride + channel;
+    int64_t const step = static_cast<int64_t>(rows) * a.pixelStride;
+    T const* const x = static_cast<T const*>(a.x) + place;
+    T* const y = static_cast<T*>(a.y) + place;
+
+    P held[R];
+#pragma unroll
+    for (int k = 0; k < R; ++k) {
+        if (first + k * rows < end) {
+            held[k] = *reinterpret_cast<P const*>(x + k * step);
+        }
+    }
+    float gamma[V];
+    float beta[V];
+    float bias[V] = {};
+    loadParameters<T>(a.gamma, channel, a.parameterFloat, a.parameterAligned, gamma);
+    loadParameters<T>(a.beta, channel, a.parameterFloat, a.parameterAligned, beta);
+    if (a.bias != nullptr) {
+        loadParameters<T>(a.bias, static_cast<int64_t>(sample) * a.channels + channel, a.biasFloat, a.biasAligned, bias);
+    }
+
+    float shift = 0.0F;
+    float sum = 0.0F;
+    float squares = 0.0F;
+    uint32_t packs = 0;
+    float value[V];
+#pragma unroll
+    for (int k = 0; k < R; ++k) {
+        if (first + k * rows < end) {
+            held[k].unpack(value);
+            if (k == 0) {
+                float total = 0.0F;
+#pragma unroll
+                for (int j = 0; j < V; ++j) {
+                    total += value[j] + bias[j];
+                }
+                shift = total * (1.0F / V);
+            }
+#pragma unroll
+            for (int j = 0; j < V; ++j) {
+                float const distance = value[j] - (shift - bias[j]);
+                sum += distance;
+                squares += distance * distance;
+            }
+            ++packs;
+        }
+    }
+    Moments all = mergeBlock<kExact>(makeMoments(static_cast<float>(packs * V), shift, sum, squares));
+    if (a.tiles > 1) {
+        all = mergeCluster<kExact>(all, peers, tile, a.tiles);
+    }
+    float const inverse = deviationInverse(all, a.epsilon);
+
+    Affine by[V];
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+        by[j] = makeAffine(all.mean, inverse, make_float4(gamma[j], beta[j], bias[j], 0.0F));
+    }
+    auto const writeAll = [&](auto withSilu) {
+#pragma unroll
+        for (int k = 0; k < R; ++k) {
+            if (first + k * rows < end) {
+                held[k].unpack(value);
+#pragma unroll
+                for (int j = 0; j < V; ++j) {
+                    value[j] = finish<decltype(withSilu)::value>(value[j], by[j]);
+                }
+                held[k].pack(value);
+                *reinterpret_cast<P*>(y + k * step) = held[k];
             }
         }
     };
@@ -577,7 +687,7 @@ __device__ __forceinline__ void storeAffine(
 }
 
 template <typename T, int R, Stage S>
-__global__ void __launch_bounds__(kMaxThreads) columnsKernel(Arguments const a) {
+__global__ void __launch_bounds__(kMaxThreads, 1) columnsKernel(Arguments const a) {
     constexpr int V = kVector<T>;
     constexpr bool kExact = sizeof(T) == 4;
     constexpr bool kParks = (S == Stage::kHeld || S == Stage::kGrid) && R == kManyPacks;
@@ -602,7 +712,9 @@ __global__ void __launch_bounds__(kMaxThreads) columnsKernel(Arguments const a) 
     }
     T const* const x = static_cast<T const*>(a.x) + sample * a.sampleStride + channel;
     T* const y = static_cast<T*>(a.y) + sample * a.sampleStride + channel;
-    auto const load = [&](uint32_t pixel) { return *reinterpret_cast<P const*>(x + pixel * a.pixelStride); };
+    auto const load = [&](uint32_t pixel) { 
+        return *reinterpret_cast<P const*>(x + static_cast<int64_t>(pixel) * a.pixelStride);
+    };
 
     P held[R];
     auto const loadBatch = [&](uint32_t batch) {
@@ -744,7 +856,7 @@ __global__ void __launch_bounds__(kMaxThreads) columnsKernel(Arguments const a) 
                 value[j] = finish<decltype(withSilu)::value>(value[j], by[j]);
             }
             pack.pack(value);
-            *reinterpret_cast<P*>(y + pixel * a.pixelStride) = pack;
+            *reinterpret_cast<P*>(y + static_cast<int64_t>(pixel) * a.pixelStride) = pack;
         };
         for (uint32_t batch = first; batch < end; batch += R * rows) {
             if (S == Stage::kApply && batch != first) {
@@ -821,8 +933,25 @@ Kernel runKernelOf(Stage stage, bool many, bool scalar) noexcept {
 }
 
 template <typename T>
+Kernel sliceKernelOf(Plan const& plan) noexcept {
+    bool const many = plan.packs > fewPacks(plan.vector, sizeof(T));
+    if constexpr (sizeof(T) == 2) {
+        if (plan.vector == 8) {
+            return many ? sliceKernel<T, 8, manyPacks(8, 2)> : sliceKernel<T, 8, fewPacks(8, 2)>;
+        }
+    }
+    if (plan.vector == 4) {
+        return many ? sliceKernel<T, 4, manyPacks(4, sizeof(T))> : sliceKernel<T, 4, fewPacks(4, sizeof(T))>;
+    }
+    return many ? sliceKernel<T, 2, manyPacks(2, sizeof(T))> : sliceKernel<T, 2, fewPacks(2, sizeof(T))>;
+}
+
+template <typename T>
 Kernel kernelOf(Plan const& plan, Stage stage) noexcept {
     bool const many = plan.packs > kFewPacks;
+    if (plan.shape == Shape::kSlices) {
+        return sliceKernelOf<T>(plan);
+    }
     return plan.shape == Shape::kColumns ? columnsKernelOf<T>(stage, many)
                                          : runKernelOf<T>(stage, many, plan.vector == 1);
 }
@@ -872,7 +1001,7 @@ Arguments makeArguments(GroupNormParams const& p, Plan const& plan, void* worksp
     a.partials = static_cast<float*>(workspace);
     a.nhwc = p.layout == Layout::kNHWC;
     a.sampleStride = p.pixels * (a.nhwc ? p.pixelStride : p.channels);
-    a.pixelStride = p.pixelStride;
+    a.pixelStride = static_cast<uint32_t>(p.pixelStride);
     a.channels = static_cast<uint32_t>(p.channels);
     a.pixels = static_cast<uint32_t>(p.pixels);
     a.groupChannels = static_cast<uint32_t>(p.channels / p.groups);
@@ -885,6 +1014,7 @@ Arguments makeArguments(GroupNormParams const& p, Plan const& plan, void* worksp
     a.silu = p.activation == Activation::kSiLU;
     a.parameterFloat = p.parameterType == DataType::kFloat;
     a.biasFloat = p.biasType == DataType::kFloat;
+    a.parameterAligned = aligned(p.gamma) && aligned(p.beta);
     a.biasAligned = aligned(p.channelBias);
     if (plan.shape == Shape::kRun) {
         a.run = static_cast<uint32_t>(a.groupChannels * p.pixels / plan.vector);
@@ -894,7 +1024,7 @@ Arguments makeArguments(GroupNormParams const& p, Plan const& plan, void* worksp
         a.bundleChannels = static_cast<uint32_t>(plan.bundleChannels);
         a.columnsDivisor = makeDivisor(static_cast<uint32_t>(plan.columns));
         a.rowsDivisor = makeDivisor(static_cast<uint32_t>(plan.rows));
-        a.itemWidth = static_cast<uint32_t>(plan.itemWidth);
+        a.itemWidth = static_cast<uint32_t>(plan.itemWidth);  // slices: unused, as the next
         a.itemDivisor = makeDivisor(a.groupChannels / a.itemWidth);
     }
     return a;
@@ -1009,6 +1139,9 @@ char const* checkGroupNorm(GroupNormParams const& p) noexcept {
     }
     if (p.layout == Layout::kNHWC && p.pixelStride < p.channels) {
         return "pixelStride is less than the channels";
+    }
+    if (p.layout == Layout::kNHWC && p.pixelStride > kLimit) {
+        return "pixelStride is beyond 2^31 - 1";
     }
     if (!isType(p.dataType)) {
         return "unknown data type";

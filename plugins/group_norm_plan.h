@@ -15,6 +15,13 @@ constexpr int kPartialBlocks[] = {4, 2, 8};  // of each of two kernels, an SM: s
 constexpr int kMaxCluster = 8;     // the largest that every device with clusters runs
 constexpr int kFewPacks = 4;       // packs that a thread holds in registers: small tiles, many blocks an SM
 constexpr int kManyPacks = 12;     // large tiles: 96 KiB a block of 512, which leaves registers for the sums
+
+// The same two for accesses of any width: of narrower ones a thread can hold more.
+constexpr int fewPacks(int vector, int size) noexcept { return vector * size < 16 ? 2 * kFewPacks : kFewPacks; }
+constexpr int manyPacks(int vector, int size) noexcept {
+    return vector * size == 4 ? 2 * kManyPacks : vector * size == 8 ? 16 : kManyPacks;
+}
+
 constexpr int kMaxTiles = 256;     // partial moments of one group
 constexpr int64_t kMaxPartials = 16384;  // partial moments of one call, where its groups are fewer
 constexpr int64_t kSmallGroup = 2048;    // elements of a group that one block holds on every device
@@ -53,6 +60,7 @@ enum class Stage : int32_t {
 enum class Shape : int32_t {
     kRun,      // a stretch of one group's elements, taken as one sequence; any layout, any alignment
     kColumns,  // NHWC: some pixels by the channels of some whole groups; a thread keeps to its columns
+    kSlices,   // NHWC: some pixels by the channels of one group, in accesses of 16 bytes or fewer
 };
 
 // What the device offers.
@@ -73,11 +81,11 @@ struct Plan {
     int32_t tiles{1};           // blocks that share a unit: the cluster's size for kHeld
     int64_t units{0};           // (sample, group) or (sample, bundle of groups)
     int64_t unitsPerLaunch{0};  // kGrid: as many as are resident together
-    int64_t chunk{0};           // kRun: packs a tile; kColumns: pixels a tile
-    int32_t bundleChannels{0};  // kColumns: channels a unit
-    int32_t columns{0};         // kColumns: packs of a unit's channels
-    int32_t rows{0};            // kColumns: pixels that the block takes at once
-    int32_t itemWidth{0};       // kColumns: neighbouring channels of a pack that share a group whatever the pack
+    int64_t chunk{0};           // kRun: packs a tile; else pixels a tile
+    int32_t bundleChannels{0};  // else: channels a unit
+    int32_t columns{0};         // else: packs of a unit's channels
+    int32_t rows{0};            // else: pixels that the block takes at once
+    int32_t itemWidth{0};       // else: neighbouring channels of a pack that share a group whatever the pack
     int64_t sharedBytes{0};
     double cost{0};             // estimated microseconds, to choose by
 };
@@ -157,8 +165,8 @@ struct Load {
 };
 
 inline Load loadOf(Plan const& plan, int64_t steps, int64_t groups, double blockBytes, DeviceFacts const& facts) noexcept {
-    bool const many = plan.packs > kFewPacks;
-    int64_t const registers = plan.shape == Shape::kRun ? (many ? 112 : 48) : (many ? 128 : 72);  // of FP16 kernels
+    bool const many = plan.packs > 2 * kFewPacks || (plan.packs > kFewPacks && plan.shape != Shape::kSlices);
+    int64_t const registers = plan.shape == Shape::kColumns ? (many ? 128 : 72) : (many ? 112 : 48);  // of FP16 kernels
     int64_t const byRegisters = 65536 / (registers * plan.threads);
     int64_t const byShared = facts.sharedPerBlock / (plan.sharedBytes + 2048);
     int64_t const resident = smaller(smaller(byRegisters < 1 ? 1 : byRegisters, byShared < 1 ? 1 : byShared), 32);
@@ -182,7 +190,7 @@ inline Load loadOf(Plan const& plan, int64_t steps, int64_t groups, double block
 }
 
 inline double heldCost(Plan const& plan, Load const& load) noexcept {
-    HeldCost const& c = plan.shape == Shape::kRun ? kHeldRun : kHeldColumns;
+    HeldCost const& c = plan.shape == Shape::kColumns ? kHeldColumns : kHeldRun;
     int const doubled = (plan.tiles > 2 ? 1 : 0) + (plan.tiles > 4 ? 1 : 0);
     return c.start + (plan.tiles > 1 ? c.cluster + doubled * c.clusterDouble : 0.0) +
         load.waves * (c.kilobyte * load.kilobytes + c.step * load.steps + c.items * load.items + c.threads * load.threads);
@@ -358,6 +366,39 @@ void considerColumns(GroupNormParams const& p, int32_t vector, Sizes const& size
     }
 }
 
+template <typename Consider>
+void considerSlices(GroupNormParams const& p, int32_t size, Sizes const& sizes, DeviceFacts const& facts,
+    Consider consider) {
+    int32_t width = 16 / size;  // the greatest power of two up to 16 bytes that divides a group
+    while (sizes.groupChannels % width != 0) {
+        width /= 2;
+    }
+    if (width * size < 4 || width < 2) {
+        return;
+    }
+    Plan base;
+    base.shape = Shape::kSlices;
+    base.vector = base.itemWidth = width;
+    base.bundleChannels = static_cast<int32_t>(sizes.groupChannels);
+    base.columns = static_cast<int32_t>(sizes.groupChannels / width);
+    base.units = p.batch * p.groups;
+    double const waste = rowWaste(sizes.groupChannels * size);
+    int64_t const widest = facts.clusters ? kMaxCluster : 1;
+    for (int32_t threads : kThreadChoices) {
+        for (int64_t tiles = 1; tiles <= widest && tiles <= p.pixels; tiles *= 2) {
+            Plan plan = base;
+            int64_t const steps = cutColumns(plan, p.pixels, tiles, threads);
+            if (steps < 1 || steps > manyPacks(width, size)) {
+                continue;
+            }
+            plan.packs = steps <= fewPacks(width, size) ? fewPacks(width, size) : manyPacks(width, size);
+            double const bytes = waste * static_cast<double>(plan.chunk * sizes.groupChannels * size);
+            plan.cost = heldCost(plan, loadOf(plan, steps, 1, bytes, facts));
+            consider(plan);
+        }
+    }
+}
+
 }  // namespace plan_detail
 
 // The most tiles a group that any plan may use: it bounds the workspace.
@@ -391,6 +432,7 @@ void considerPlans(GroupNormParams const& params, bool vectorised, DeviceFacts c
     };
     if (params.layout == Layout::kNHWC && vectorised && params.channels % vector == 0) {
         considerColumns(params, vector, sizes, offered, allowed);
+        considerSlices(params, static_cast<int32_t>(size), sizes, offered, allowed);
     } else if (params.layout == Layout::kNCHW && vectorised && params.pixels % vector == 0) {
         considerRuns(params, vector, sizes, offered, allowed);
     }
@@ -413,7 +455,10 @@ inline Plan planGroupNorm(GroupNormParams const& params, bool vectorised, Device
 
 // The plan in a few words, for reports: "columns, cluster of 8, 16 units, 512 threads, 4+0 packs of 8".
 inline std::string describePlan(Plan const& plan) {
-    std::string text = plan.shape == Shape::kRun ? "run" : "columns of " + std::to_string(plan.bundleChannels);
+    std::string const channels = std::to_string(plan.bundleChannels);
+    std::string text = plan.shape == Shape::kRun ? "run"
+        : plan.shape == Shape::kColumns          ? "columns of " + channels
+                                                 : "slices of " + channels;
     std::string const tiles = std::to_string(plan.tiles);
     if (plan.stage == Stage::kHeld) {
         text += plan.tiles == 1 ? ", one block" : ", cluster of " + tiles;

@@ -598,10 +598,11 @@ void timePlans(GroupNormParams params, cudaDeviceProp const& device, cudaStream_
                 }
             },
             7);
-        std::fprintf(file, "%lld,%lld,%lld,%s,%s,%d,%d,%d,%d,%d,%d,%lld,%lld,%lld,%d,%lld,%.3f,%.3f,%.3f\n",
+        std::fprintf(file, "%lld,%lld,%lld,%s,%s,%d,%d,%d,%d,%d,%d,%d,%d,%lld,%lld,%lld,%d,%lld,%.3f,%.3f,%.3f\n",
             static_cast<long long>(params.batch), static_cast<long long>(params.channels),
             static_cast<long long>(params.pixels), params.layout == Layout::kNHWC ? "NHWC" : "NCHW",
-            cold ? "cold" : "warm", static_cast<int>(plan.stage), plan.bundleChannels, plan.tiles, plan.threads,
+            cold ? "cold" : "warm", static_cast<int>(plan.shape), plan.vector,
+            static_cast<int>(plan.stage), plan.bundleChannels, plan.tiles, plan.threads,
             plan.packs, plan.sharedPacks, static_cast<long long>(plan.units),
             static_cast<long long>(plan.unitsPerLaunch), static_cast<long long>(plan.chunk), plan.rows,
             static_cast<long long>(plan.sharedBytes), plan.cost, time.median, time.least);
@@ -614,7 +615,7 @@ void writePlans(char const* path, cudaDeviceProp const& device, cudaStream_t str
         std::fprintf(stderr, "kernel_check: cannot write %s\n", path);
         std::exit(2);
     }
-    std::fprintf(file, "batch,channels,pixels,layout,cache,stage,bundle,tiles,threads,packs,shared_packs,units,"
+    std::fprintf(file, "batch,channels,pixels,layout,cache,shape,vector,stage,bundle,tiles,threads,packs,shared_packs,units,"
                        "units_per_launch,chunk,rows,shared_bytes,estimate_us,median_us,least_us\n");
     for (Shape3 const& shape : kSd15) {
         for (Layout layout : {Layout::kNCHW, Layout::kNHWC}) {

@@ -97,8 +97,8 @@ inline int64_t smaller(int64_t a, int64_t b) noexcept { return a < b ? a : b; }
 inline int64_t roundUp(int64_t a, int64_t b) noexcept { return ceilDiv(a, b) * b; }
 inline int64_t elementSize(DataType type) noexcept { return type == DataType::kFloat ? 4 : 2; }
 
-// The estimates behind the choices, in microseconds: fitted to the times of 2,202 plans for the norms of sd15 in FP16 on
-// one H200 (`kernel_check --plans`), where the plans chosen take 4 % longer than the best of all in the mean. They rank
+// The estimates behind the choices, in microseconds: fitted to the times of every plan for the norms of sd15 in FP16 on
+// one H200 (`kernel_check --plans`), where the plans chosen take 3 % longer than the best of all in the mean. They rank
 // plans, no more. Where blocks are more than fit at once, they come in waves.
 struct HeldCost {
     double start;
@@ -108,12 +108,16 @@ struct HeldCost {
     double step;           // of a thread: one pack
     double items;          // a round of merging items
     double threads;        // 256 of a block
+    double rows;           // a thousand rows of neighbouring bytes on one SM
+    double blocks;         // a block on one SM
 };
 struct PairCost {
     double start;
     double kilobyte;  // of all, shared among the SMs
-    double wave;      // kilobytes of one SM in all waves
+    double rows;      // a thousand rows, likewise
+    double held;      // kilobytes that one SM has in hand
     double step;
+    double items;
     double merge;  // a round of merging tiles
     double threads;
 };
@@ -123,18 +127,13 @@ struct GridCost {
     double items;
     double merge;
 };
-constexpr HeldCost kHeldRun{1.633, 1.064, 0.215, 0.062, 0.186, 0.0, 0.269};
-constexpr HeldCost kHeldColumns{1.901, 0.812, 0.910, 0.036, 0.206, 0.170, 0.578};
-constexpr PairCost kPairRun{2.348, 0.080, 0.009, 0.186, 1.023, 0.695};
-constexpr PairCost kPairColumns{4.351, 0.086, 0.026, 0.043, 0.516, 0.684};
-constexpr GridCost kGridRun{4.859, 0.078, 0.0, 0.0};
-constexpr GridCost kGridColumns{6.747, 0.078, 0.061, 0.819};
-
-// Sectors of memory are 32 bytes; short rows also use few bytes of each line.
-inline double rowWaste(int64_t rowBytes) noexcept {
-    double const sectors = static_cast<double>(roundUp(rowBytes, 32)) / static_cast<double>(rowBytes);
-    return rowBytes < 64 ? 1.25 * sectors : sectors;
-}
+constexpr HeldCost kHeldRun{0.613, 1.219, 0.142, 0.039, 0.278, 0.0, 0.498, 0.0, 0.252};
+constexpr HeldCost kHeldColumns{1.635, 1.132, 0.873, 0.020, 0.233, 0.233, 0.300, 0.0, 0.042};
+constexpr HeldCost kHeldSlices{1.375, 1.044, 0.0, 0.091, 0.040, 0.0, 0.156, 2.424, 0.030};
+constexpr PairCost kPairRun{3.041, 0.073, 0.0, 0.024, 0.128, 0.0, 0.438, 0.516};
+constexpr PairCost kPairColumns{3.948, 0.064, 0.077, 0.045, 0.026, 0.010, 0.527, 0.764};
+constexpr GridCost kGridRun{4.709, 0.081, 0.0, 0.0};
+constexpr GridCost kGridColumns{4.596, 0.071, 0.197, 1.441};
 
 // Lays a thread's packs, one a step, into registers and shared memory; false where they do not fit.
 inline bool hold(Plan& plan, int64_t steps, int64_t otherShared, DeviceFacts const& facts) noexcept {
@@ -149,24 +148,29 @@ inline bool hold(Plan& plan, int64_t steps, int64_t otherShared, DeviceFacts con
 
 struct Sizes {
     int64_t groupChannels;
-    int64_t pack;       // bytes
+    int64_t element;    // bytes
     int64_t totalBytes;
     int32_t limit;      // of tiles
 };
 
 // What a plan asks of one SM.
 struct Load {
-    double waves;
-    double kilobytes;  // of the blocks that one SM has at once
-    double steps;      // of a thread
-    double items;      // rounds of a warp over the items of its groups
-    double merge;      // rounds of a warp over the tiles of its groups
-    double threads;    // of a block, in units of 256
+    double waves{1.0};
+    double blocks{1.0};  // at once
+    double kilobytes;    // of these blocks
+    double steps;        // of a thread
+    double items{0.0};   // rounds of a warp over the items of its groups
+    double merge;        // rounds of a warp over the tiles of its groups
+    double threads;      // of a block, in units of 256
+    double rows{0.0};    // thousands of rows of neighbouring bytes
 };
 
-inline Load loadOf(Plan const& plan, int64_t steps, int64_t groups, double blockBytes, DeviceFacts const& facts) noexcept {
-    bool const many = plan.packs > 2 * kFewPacks || (plan.packs > kFewPacks && plan.shape != Shape::kSlices);
-    int64_t const registers = plan.shape == Shape::kColumns ? (many ? 128 : 72) : (many ? 112 : 48);  // of FP16 kernels
+inline Load loadOf(Plan const& plan, int64_t steps, int64_t groupChannels, int64_t size, DeviceFacts const& facts) noexcept {
+    bool const many = plan.packs > fewPacks(plan.vector, static_cast<int>(size));
+    int64_t const registers = many ? (plan.shape == Shape::kColumns ? 128 : 112)  // of the FP16 kernels
+        : plan.shape == Shape::kRun ? 48
+        : plan.shape == Shape::kColumns ? 72
+                                        : 56;
     int64_t const byRegisters = 65536 / (registers * plan.threads);
     int64_t const byShared = facts.sharedPerBlock / (plan.sharedBytes + 2048);
     int64_t const resident = smaller(smaller(byRegisters < 1 ? 1 : byRegisters, byShared < 1 ? 1 : byShared), 32);
@@ -174,32 +178,46 @@ inline Load loadOf(Plan const& plan, int64_t steps, int64_t groups, double block
     bool const large = plan.stage == Stage::kHeld && plan.tiles > 2;
     int64_t const slots = (large ? facts.processors * 9 / 10 : facts.processors) * resident;
     int64_t const blocks = plan.units * plan.tiles;
-    int64_t const warps = plan.threads / kWarpThreads;
-    int64_t const rounds = ceilDiv(groups, warps);
-    Load load{1.0, blockBytes / 1000.0, static_cast<double>(steps), 0.0, 0.0, plan.threads / 256.0};
-    if (plan.stage != Stage::kGrid) {
-        load.waves = static_cast<double>(ceilDiv(blocks, slots < 1 ? 1 : slots));
-        load.kilobytes *= static_cast<double>(smaller(resident, ceilDiv(blocks, facts.processors)));
-    }
-    if (plan.shape == Shape::kColumns) {
-        int64_t const perGroup = static_cast<int64_t>(plan.bundleChannels) / groups / plan.itemWidth;
-        load.items = static_cast<double>(ceilDiv(plan.rows * perGroup, kWarpThreads) * rounds);
-    }
+    int64_t const groups = plan.shape == Shape::kColumns ? plan.bundleChannels / groupChannels : 1;
+    int64_t const rounds = ceilDiv(groups, plan.threads / kWarpThreads);
+    int64_t const elements = plan.chunk * (plan.shape == Shape::kRun ? plan.vector : plan.bundleChannels);
+    Load load;
     load.merge = static_cast<double>(ceilDiv(plan.tiles, kWarpThreads) * rounds);
+    if (plan.stage == Stage::kGrid) {
+        load.merge = static_cast<double>(plan.tiles * rounds) / kWarpThreads;
+    } else {
+        load.waves = static_cast<double>(ceilDiv(blocks, slots < 1 ? 1 : slots));
+        load.blocks = static_cast<double>(smaller(resident, ceilDiv(blocks, facts.processors)));
+    }
+    load.kilobytes = load.blocks * static_cast<double>(elements * size) / 1000.0;
+    load.steps = static_cast<double>(steps);
+    if (plan.shape == Shape::kColumns) {
+        load.items = static_cast<double>(ceilDiv(plan.rows * (groupChannels / plan.itemWidth), kWarpThreads) * rounds);
+    }
+    load.threads = plan.threads / 256.0;
+    if (plan.shape != Shape::kRun) {
+        load.rows = load.blocks * static_cast<double>(plan.chunk) / 1000.0;
+    }
     return load;
 }
 
 inline double heldCost(Plan const& plan, Load const& load) noexcept {
-    HeldCost const& c = plan.shape == Shape::kColumns ? kHeldColumns : kHeldRun;
+    HeldCost const& c = plan.shape == Shape::kRun ? kHeldRun : plan.shape == Shape::kColumns ? kHeldColumns : kHeldSlices;
     int const doubled = (plan.tiles > 2 ? 1 : 0) + (plan.tiles > 4 ? 1 : 0);
     return c.start + (plan.tiles > 1 ? c.cluster + doubled * c.clusterDouble : 0.0) +
-        load.waves * (c.kilobyte * load.kilobytes + c.step * load.steps + c.items * load.items + c.threads * load.threads);
+        load.waves *
+        (c.kilobyte * load.kilobytes + c.step * load.steps + c.items * load.items + c.threads * load.threads +
+            c.rows * load.rows + c.blocks * load.blocks);
 }
 
-inline double pairCost(Plan const& plan, Load const& load, double allBytes, DeviceFacts const& facts) noexcept {
+inline double pairCost(Plan const& plan, Load const& load, int64_t allBytes, DeviceFacts const& facts) noexcept {
     PairCost const& c = plan.shape == Shape::kRun ? kPairRun : kPairColumns;
-    return c.start + c.kilobyte * allBytes / 1000.0 / facts.processors +
-        load.waves * (c.wave * load.kilobytes + c.step * load.steps + c.merge * load.merge + c.threads * load.threads);
+    double const share = static_cast<double>(allBytes) / 1000.0 / facts.processors;
+    double const rows = load.kilobytes > 0.0 ? share * load.rows / load.kilobytes : 0.0;
+    return c.start + c.kilobyte * share + c.rows * rows +
+        load.waves *
+        (c.held * load.kilobytes + c.step * load.steps + c.items * load.items + c.merge * load.merge +
+            c.threads * load.threads);
 }
 
 // Sizes the launches of a cooperative plan; false where too many would be needed.
@@ -234,14 +252,16 @@ void considerRuns(GroupNormParams const& p, int32_t vector, Sizes const& sizes, 
         return ceilDiv(plan.chunk, plan.threads);
     };
 
-    auto blockBytes = [&](Plan const& plan) { return static_cast<double>(plan.chunk * sizes.pack); };
+    auto load = [&](Plan const& plan, int64_t steps) {
+        return loadOf(plan, steps, sizes.groupChannels, sizes.element, facts);
+    };
     int64_t const widest = facts.clusters ? kMaxCluster : 1;
     for (int32_t threads : kThreadChoices) {
         for (int64_t tiles = 1; tiles <= widest && tiles <= run; tiles *= 2) {
             Plan plan = base;
             int64_t const steps = cut(plan, tiles, threads);
             if (hold(plan, steps, stage, facts)) {
-                plan.cost = heldCost(plan, loadOf(plan, steps, 1, blockBytes(plan), facts));
+                plan.cost = heldCost(plan, load(plan, steps));
                 consider(plan);
             }
         }
@@ -257,7 +277,7 @@ void considerRuns(GroupNormParams const& p, int32_t vector, Sizes const& sizes, 
         int64_t const tiles = smaller(most, even > fewest ? even : fewest);
         if (fewest <= most && hold(plan, cut(plan, tiles, kMaxThreads), stage, facts) && gridLaunches(plan, facts)) {
             plan.packs = kManyPacks;
-            plan.cost = gridCost(plan, loadOf(plan, 0, 1, blockBytes(plan), facts));
+            plan.cost = gridCost(plan, load(plan, 0));
             consider(plan);
         }
     }
@@ -269,8 +289,7 @@ void considerRuns(GroupNormParams const& p, int32_t vector, Sizes const& sizes, 
             int64_t const steps = cut(plan, partialTiles(base.units, most, blocks, facts), threads);
             plan.packs = kFewPacks;
             plan.sharedBytes = stage;
-            Load const load = loadOf(plan, steps, 1, blockBytes(plan), facts);
-            plan.cost = pairCost(plan, load, static_cast<double>(sizes.totalBytes), facts);
+            plan.cost = pairCost(plan, load(plan, steps), sizes.totalBytes, facts);
             consider(plan);
         }
     }
@@ -313,10 +332,8 @@ void considerColumns(GroupNormParams const& p, int32_t vector, Sizes const& size
         base.bundleChannels = static_cast<int32_t>(bundle);
         base.columns = static_cast<int32_t>(bundle / vector);
         base.units = p.batch * (p.channels / bundle);
-        int64_t const groups = bundle / sizes.groupChannels;
-        double const waste = rowWaste(base.columns * sizes.pack);
-        auto blockBytes = [&](Plan const& plan) {
-            return waste * static_cast<double>(plan.chunk * plan.columns * sizes.pack);
+        auto load = [&](Plan const& plan, int64_t steps) {
+            return loadOf(plan, steps, sizes.groupChannels, sizes.element, facts);
         };
 
         int64_t const widest = facts.clusters ? kMaxCluster : 1;
@@ -325,7 +342,7 @@ void considerColumns(GroupNormParams const& p, int32_t vector, Sizes const& size
                 Plan plan = base;
                 int64_t const steps = cutColumns(plan, p.pixels, tiles, threads);
                 if (hold(plan, steps, columnsShared(plan, sizes.groupChannels), facts)) {
-                    plan.cost = heldCost(plan, loadOf(plan, steps, groups, blockBytes(plan), facts));
+                    plan.cost = heldCost(plan, load(plan, steps));
                     consider(plan);
                 }
             }
@@ -340,7 +357,7 @@ void considerColumns(GroupNormParams const& p, int32_t vector, Sizes const& size
             int64_t const steps = cutColumns(plan, p.pixels, tiles, kMaxThreads);
             if (hold(plan, steps, columnsShared(plan, sizes.groupChannels), facts) && gridLaunches(plan, facts)) {
                 plan.packs = kManyPacks;
-                plan.cost = gridCost(plan, loadOf(plan, steps, groups, blockBytes(plan), facts));
+                plan.cost = gridCost(plan, load(plan, steps));
                 consider(plan);
             }
         }
@@ -357,8 +374,7 @@ void considerColumns(GroupNormParams const& p, int32_t vector, Sizes const& size
                 plan.packs = kFewPacks;
                 plan.sharedBytes = columnsShared(plan, sizes.groupChannels);
                 if (plan.sharedBytes <= facts.sharedPerBlock - 1024) {
-                    Load const load = loadOf(plan, steps, groups, blockBytes(plan), facts);
-                    plan.cost = pairCost(plan, load, waste * static_cast<double>(sizes.totalBytes), facts);
+                    plan.cost = pairCost(plan, load(plan, steps), sizes.totalBytes, facts);
                     consider(plan);
                 }
             }
@@ -382,7 +398,6 @@ void considerSlices(GroupNormParams const& p, int32_t size, Sizes const& sizes, 
     base.bundleChannels = static_cast<int32_t>(sizes.groupChannels);
     base.columns = static_cast<int32_t>(sizes.groupChannels / width);
     base.units = p.batch * p.groups;
-    double const waste = rowWaste(sizes.groupChannels * size);
     int64_t const widest = facts.clusters ? kMaxCluster : 1;
     for (int32_t threads : kThreadChoices) {
         for (int64_t tiles = 1; tiles <= widest && tiles <= p.pixels; tiles *= 2) {
@@ -392,8 +407,7 @@ void considerSlices(GroupNormParams const& p, int32_t size, Sizes const& sizes, 
                 continue;
             }
             plan.packs = steps <= fewPacks(width, size) ? fewPacks(width, size) : manyPacks(width, size);
-            double const bytes = waste * static_cast<double>(plan.chunk * sizes.groupChannels * size);
-            plan.cost = heldCost(plan, loadOf(plan, steps, 1, bytes, facts));
+            plan.cost = heldCost(plan, loadOf(plan, steps, sizes.groupChannels, size, facts));
             consider(plan);
         }
     }
@@ -418,7 +432,7 @@ void considerPlans(GroupNormParams const& params, bool vectorised, DeviceFacts c
     using namespace plan_detail;
     int64_t const size = elementSize(params.dataType);
     int32_t const vector = static_cast<int32_t>(16 / size);
-    Sizes sizes{params.channels / params.groups, 16, params.batch * params.channels * params.pixels * size,
+    Sizes const sizes{params.channels / params.groups, size, params.batch * params.channels * params.pixels * size,
                 tileLimit(params)};
     bool const held = alwaysHeld(params);  // without a workspace
     DeviceFacts offered = facts;
@@ -437,7 +451,6 @@ void considerPlans(GroupNormParams const& params, bool vectorised, DeviceFacts c
         considerRuns(params, vector, sizes, offered, allowed);
     }
     if (!found) {
-        sizes.pack = size;
         considerRuns(params, 1, sizes, offered, allowed);
     }
 }

@@ -21,8 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # run as a file, Python's path begins with tools/
     sys.path.insert(0, str(ROOT))
 
-COLOURS = ("red", "yellow", "blue")
-# The first colour is shown at each of these, the others at the last.
+COLOURS = ("red", "blue")
 STRENGTHS = (0.0, 0.5, 1.0)
 NUM_SCENES = 3
 PHOTOS = (("eagle.jpg", "bird"), ("dandelion.jpg", "flower"), ("coffee.jpg", "cup"), ("cat.jpg", "cat"))
@@ -68,7 +67,7 @@ def parse_subject(text: str) -> Subject:
 
 def columns() -> List[Tuple[str, float]]:
     """Colour and strength of each painted column."""
-    return [(COLOURS[0], strength) for strength in STRENGTHS] + [(word, STRENGTHS[-1]) for word in COLOURS[1:]]
+    return [(word, strength) for word in COLOURS for strength in STRENGTHS]
 
 
 def paint_row(product: Any, image: np.ndarray, noun: str, seed: int) -> List[np.ndarray]:

@@ -260,15 +260,20 @@ class hackathon:
         return self.run(image, request, latents, progress)
 
     def run(
-        self, image: Any, request: Request, latents: Optional[Any] = None, progress: Optional[Progress] = None
+        self,
+        image: Any,
+        request: Request,
+        latents: Optional[Any] = None,
+        progress: Optional[Progress] = None,
+        plan: Optional[Any] = None,
     ) -> Result:
-        """`generate` with its arguments in a `Request`."""
+        """`generate` with its arguments in a `Request`; `plan`, a `SamplingPlan`, may leave out some of its steps."""
         # Sizes first: a picture that cannot be used must not cost the making of graphs.
         image = to_three_channels(image)
         height, width = target_size(*image.shape[:2], request.image_resolution)
         with self._lock:
             self._need_initialize()
-            return self._pipeline(height, width).generate(image, request, latents, progress)
+            return self._pipeline(height, width).generate(image, request, latents, progress, plan)
 
     def reference(
         self, image: Any, request: Request, latents: Optional[Any] = None, progress: Optional[Progress] = None

@@ -92,6 +92,7 @@ class Reference:
             num_samples=num,
             seed=request.seed,
             evaluations=request.ddim_steps,
+            sampling=f"{request.ddim_steps} of {request.ddim_steps} evaluations, exact",
             milliseconds={"total": 1e3 * (time.perf_counter() - start)},
             warnings=tuple(warnings),
         )

@@ -24,6 +24,8 @@ class Receipt:
         The seed used, also where -1 asked for any.
     evaluations : int
         Network evaluations an image; one evaluates both halves of the guidance.
+    sampling : str
+        Which of the schedule's steps they are, such as "20 of 20 evaluations, exact".
     milliseconds : dict of str to float
         Wall time of each stage, and "total".
     warnings : tuple of str
@@ -41,6 +43,7 @@ class Receipt:
     num_samples: int
     seed: int
     evaluations: int
+    sampling: str
     milliseconds: Dict[str, float]
     warnings: Tuple[str, ...] = ()
 

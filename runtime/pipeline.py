@@ -18,7 +18,7 @@ from cldm.image import canny_map
 from cldm.request import Request
 from cldm.result import Receipt, Result
 from deploy.spec import Build, graph_specs
-from ldm.schedule import ddim_coefficients
+from ldm.plans import SamplingPlan, exact_plan
 from runtime.session import Bound, Session
 from runtime.workspace import Workspace
 
@@ -42,7 +42,7 @@ class About:
 
 
 class _Schedule:
-    """What the steps of one schedule length need, bound once."""
+    """What the evaluations at one list of timesteps need, bound once."""
 
     def __init__(self, steps: List[Bound], time_biases: Any, coefficients: Any) -> None:
         self.steps = steps
@@ -76,7 +76,7 @@ class Pipeline:
         self.about = about
         self.device = device
         self.workspace = Workspace(device)
-        self._schedules: OrderedDict[int, _Schedule] = OrderedDict()
+        self._schedules: OrderedDict[Tuple[int, ...], _Schedule] = OrderedDict()
         self._allocate()
 
     def _allocate(self) -> None:
@@ -101,20 +101,21 @@ class Pipeline:
             buffers[name] = self.workspace[place] if isinstance(place, str) else place
         return session.bind(buffers)
 
-    def _schedule(self, num_steps: int) -> _Schedule:
-        """Bindings and time biases of a schedule length, made on its first use."""
-        found = self._schedules.pop(num_steps, None)
+    def _schedule(self, plan: SamplingPlan) -> _Schedule:
+        """Bindings and time biases of a plan's timesteps, made on their first use."""
+        key = tuple(plan.timesteps.tolist())
+        found = self._schedules.pop(key, None)
         if found is None:
-            found = self._make_schedule(num_steps)
-        self._schedules[num_steps] = found
+            found = self._make_schedule(plan.timesteps)
+        self._schedules[key] = found
         while len(self._schedules) > KEPT_SCHEDULES:
             self._schedules.popitem(last=False)
         return found
 
-    def _make_schedule(self, num_steps: int) -> _Schedule:
+    def _make_schedule(self, timesteps: np.ndarray) -> _Schedule:
         import torch
 
-        timesteps, _ = ddim_coefficients(self.build.config.schedule, num_steps, 0.0)
+        num_steps = len(timesteps)
         spec = self.sessions["time"].spec
         output = spec.outputs["time_biases"]
         biases = torch.zeros((num_steps, int(output.shape[1])), dtype=getattr(torch, output.dtype), device=self.device)
@@ -136,7 +137,12 @@ class Pipeline:
         return _Schedule(steps, biases, coefficients)
 
     def generate(
-        self, image: Any, request: Request, latents: Optional[Any] = None, progress: Optional[Progress] = None
+        self,
+        image: Any,
+        request: Request,
+        latents: Optional[Any] = None,
+        progress: Optional[Progress] = None,
+        plan: Optional[SamplingPlan] = None,
     ) -> Result:
         """Make `request.num_samples` images; more than the build's samples take several runs over one noise tensor.
 
@@ -148,11 +154,14 @@ class Pipeline:
             Initial noise to use in place of the seed's.
         progress : callable, optional
             Called with (evaluations done, evaluations) after each.
+        plan : SamplingPlan, optional
+            Which of the request's steps are evaluated; all by default.
 
         Raises
         ------
         TypeError, ValueError
-            The image or the latents are not usable, or the picture resizes to another size than the build's.
+            The image or the latents are not usable, the picture resizes to another size than the build's, or the plan
+            is for another schedule than the request's.
         BrokenOutput
             NaN or a flat image; the message names the stage.
         """
@@ -160,6 +169,7 @@ class Pipeline:
 
         clock = _StageClock(self.device)
         request = replace(request, seed=choose_seed(request.seed))
+        plan = self._check_plan(request, plan)
         canny = canny_map(image, request.image_resolution, request.low_threshold, request.high_threshold)
         if canny.shape != (self.build.height, self.build.width):
             raise ValueError(
@@ -171,9 +181,8 @@ class Pipeline:
         initial, noise = draw_noise(request.seed, shape, request.ddim_steps, request.eta, self.device, latents)
         clock.mark("host")
         self._condition(request, canny, ids, clock)
-        schedule = self._schedule(request.ddim_steps)
-        rows = ddim_coefficients(self.build.config.schedule, request.ddim_steps, request.eta)[1]
-        schedule.coefficients.copy_(_as_float32(rows))
+        schedule = self._schedule(plan)
+        schedule.coefficients.copy_(_as_float32(plan.rows))
         clock.mark("schedule")
         images, finals = self._run(schedule, initial, noise, clock, progress)
         receipt = Receipt(
@@ -187,11 +196,24 @@ class Pipeline:
             width=self.build.width,
             num_samples=request.num_samples,
             seed=request.seed,
-            evaluations=request.ddim_steps,
+            evaluations=len(plan.indices),
+            sampling=str(plan),
             milliseconds=clock.milliseconds(),
             warnings=tuple(warnings),
         )
         return Result(images, canny, finals, receipt)
+
+    def _check_plan(self, request: Request, plan: Optional[SamplingPlan]) -> SamplingPlan:
+        """The plan asked for, or plain DDIM."""
+        if plan is None:
+            return exact_plan(self.build.config.schedule, request.ddim_steps, request.eta)
+        if plan.num_steps != request.ddim_steps:
+            raise ValueError(f"the plan is for {plan.num_steps} steps, the request for {request.ddim_steps}")
+        if plan.fresh_noise != (request.eta > 0):
+            raise ValueError(
+                f"eta is {request.eta}, and the plan '{plan}' is for {'above 0' if plan.fresh_noise else 0}"
+            )
+        return plan
 
     def _condition(self, request: Request, canny: np.ndarray, ids: np.ndarray, clock: _StageClock) -> None:
         """Write what stays the same in all steps, and run the text and hint graphs."""

@@ -76,6 +76,7 @@ class FakePipeline:
             num_samples=1,
             seed=request.seed,
             evaluations=request.ddim_steps,
+            sampling="as asked",
             milliseconds={"total": 1.0},
         )
         edges = canny_map(image, 64, 100, 200)

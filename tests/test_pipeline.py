@@ -10,7 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, Iterator, List, Tuple
 
 import numpy as np
 import pytest
@@ -18,6 +18,8 @@ import yaml
 
 from canny2image_TRT import ROOT, hackathon
 from cldm.request import Request
+from ldm.plans import exact_plan, linear_plan, subset_plan
+from ldm.schedule import ScheduleConfig
 from tests.small_model import small_config
 
 ARGUMENTS: Dict[str, Any] = {
@@ -171,6 +173,51 @@ def test_noise_of_the_steps_is_the_references(engine: hackathon, picture: np.nda
     assert np.linalg.norm(found - wanted) < 1e-4 * np.linalg.norm(wanted)
     still = engine.run(picture, replace(request, eta=0.0)).latent
     assert np.linalg.norm(found - still) > 0.05 * np.linalg.norm(still)
+
+
+@pytest.mark.parametrize("kind", ["subset", "linear"])
+@pytest.mark.parametrize("indices", [(5, 4, 2, 0), (5, 3, 2), (5,), (5, 4, 3, 2, 1, 0)])
+def test_plan_is_ddim_with_estimated_noise(
+    engine: hackathon, picture: np.ndarray, kind: str, indices: Tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The original algorithm takes all its steps, but is told the estimate where the plan does not evaluate."""
+    request = Request("a bird", image_resolution=64, ddim_steps=6, num_samples=2, seed=3)
+    engine.reference(picture, request)
+    model = engine._reference.model
+    schedule = model.config.schedule
+    plan = (subset_plan if kind == "subset" else linear_plan)(schedule, 6, indices)
+    predict, known = model.predict_noise, {}
+
+    def estimate(x: Any, t: Any, context: Any, hint: Any, scales: Any) -> Any:
+        seen, now = known.setdefault(context.data_ptr(), []), int(t[0])
+        if now in plan.timesteps:
+            seen.append((now, predict(x, t, context, hint, scales)))
+        (earlier, before), (last, noise) = seen[-2:] if len(seen) > 1 else (seen[-1], seen[-1])
+        if kind == "subset" or earlier == last:
+            return noise
+        return noise + (now - last) / (last - earlier) * (noise - before)
+
+    monkeypatch.setattr(model, "predict_noise", estimate)
+    wanted = engine.reference(picture, request).latent
+    found = engine.run(picture, request, plan=plan)
+    assert np.linalg.norm(found.latent - wanted) < 1e-4 * np.linalg.norm(wanted)
+    assert (found.receipt.evaluations, found.receipt.sampling) == (len(indices), str(plan))
+
+
+def test_plan_of_all_steps_is_the_default(engine: hackathon, picture: np.ndarray) -> None:
+    request = Request("a bird", image_resolution=64, ddim_steps=4, seed=3)
+    default = engine.run(picture, request)
+    exact = engine.run(picture, request, plan=exact_plan(ScheduleConfig(), 4))
+    assert np.array_equal(default.latent, exact.latent)
+    assert default.receipt.sampling == exact.receipt.sampling == "4 of 4 evaluations, exact"
+
+
+def test_plan_for_another_request_is_refused(engine: hackathon, picture: np.ndarray) -> None:
+    request = Request("a bird", image_resolution=64, ddim_steps=4, seed=3)
+    with pytest.raises(ValueError, match="the plan is for 5 steps, the request for 4"):
+        engine.run(picture, request, plan=exact_plan(ScheduleConfig(), 5))
+    with pytest.raises(ValueError, match="eta is 0.5"):
+        engine.run(picture, replace(request, eta=0.5), plan=exact_plan(ScheduleConfig(), 4))
 
 
 def test_process_is_generate(engine: hackathon, picture: np.ndarray) -> None:

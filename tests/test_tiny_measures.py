@@ -6,6 +6,8 @@ import dataclasses
 import itertools
 import json
 import re
+import subprocess
+import sys
 from typing import Any, List
 
 import cv2
@@ -41,6 +43,7 @@ from tools.tiny.palette import COLOURS, HUES
 from tools.tiny.report import Report, Row, confusion_table
 from tools.tiny.sampling import ADDED_PROMPT, NEGATIVE_PROMPT, Sampler, generate
 from tools.tiny.scenes import Scene, make_scene
+
 
 # --- edges
 
@@ -504,3 +507,12 @@ def test_sheet_refuses_bad_arguments(argv, capsys):
         tiny_sheet.main(argv)
     assert error.value.code == 2
     assert argv[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tool", ["measure_tiny", "tiny_sheet", "train_tiny", "build_vocabulary"])
+def test_tools_find_the_environment_by_themselves(tool: str) -> None:
+    """Started by a Python without packages, as a user's `python3` may be, they take that of .venv or say what to do."""
+    command = [sys.executable, "-S", str(measure_tiny.ROOT / "tools" / f"{tool}.py"), "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "usage:" in result.stdout or "bash preprocess.sh" in result.stderr, result.stderr
+    assert "Traceback" not in result.stderr

@@ -247,6 +247,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> int:
     args = parse_arguments(argv)
+    from environment import ensure_environment
+
+    ensure_environment(["numpy", "cv2"])
     try:
         captions = built_in_captions() if args.captions is None else args.captions.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -19,11 +19,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, TypeVar
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # run as a file, Python's path begins with tools/
     sys.path.insert(0, str(ROOT))
+
+if __name__ == "__main__":
+    from environment import ensure_environment
+
+    ensure_environment(["torch", "numpy", "cv2", "yaml", "transformers", "tqdm"])
+
+import numpy as np  # noqa: E402
 
 from cldm.machine import available_cores  # noqa: E402
 from scoring.metrics import error_stats, psnr, ssim  # noqa: E402
@@ -378,7 +383,9 @@ def measure_variety(bench: Bench, report: Report) -> None:
             title = f"difference between seeds, {name}: {place}"
             note = f"{len(values)} scenes x {SEEDS_A_SCENE} seeds"
             report.add_mean("variety", title, values, unit="levels", at_least=limit, note=note)
-        report.add_edges("variety", name, bench.follow(indices, images), EDGE_RECALL)
+        followed = bench.follow(indices, images)
+        scenes = [sum(followed[k : k + SEEDS_A_SCENE], EdgeMatch()) for k in range(0, len(followed), SEEDS_A_SCENE)]
+        report.add_edges("variety", name, scenes, EDGE_RECALL, note=note)
         rows = [[bench.edges[i], *group] for i, group in zip(chosen, groups)]
         titles = ["edges", *(f"seed {k + 1}" for k in range(SEEDS_A_SCENE))]
         bench.sheet(
@@ -491,7 +498,7 @@ def measure_photographs(bench: Bench, report: Report) -> None:
     """Edges of real photographs."""
     from tools.tiny.sampling import NEGATIVE_PROMPT
 
-    every: List[EdgeMatch] = []
+    photos: List[EdgeMatch] = []
     rows = []
     for photo in bench.photos:
         edges = np.repeat(photo.edges[None], len(PHOTO_PROMPTS), axis=0)
@@ -511,9 +518,10 @@ def measure_photographs(bench: Bench, report: Report) -> None:
             "recall": 100 * pooled.recall,
             "precision": 100 * pooled.precision,
         }
-        every += matches
+        photos.append(pooled)  # the prompts of one photograph are no independent samples
         rows.append([photo.image, photo.edges, *images])
-    report.add_edges("photographs", f"{len(bench.photos)} photographs", every)
+    note = f"{len(photos)} photographs x {len(PHOTO_PROMPTS)} prompts"
+    report.add_edges("photographs", "photographs", photos, note=note)
     names = [photo.name for photo in bench.photos]
     bench.sheet("photographs", ["photo", "edges", *PHOTO_PROMPTS], names, rows)
 

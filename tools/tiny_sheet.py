@@ -166,9 +166,12 @@ def draw_sheet(args: argparse.Namespace) -> np.ndarray:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
+    args = parse_arguments(argv)
+    from environment import ensure_environment
+
+    ensure_environment(["torch or onnxruntime", "numpy", "cv2", "yaml", "transformers", "tqdm"])
     from cldm.files import atomic_path
 
-    args = parse_arguments(argv)
     try:
         data = encode_jpeg(draw_sheet(args))
         with atomic_path(args.output) as temporary:

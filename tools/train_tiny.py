@@ -5,7 +5,9 @@
     python3 tools/train_tiny.py           # scenes, autoencoder, UNet with text encoder, ControlNet; then the file
 
 Stages that are done are skipped, and a stage that was stopped (--stop-after, Ctrl-C, a kill) goes on from its last
-saved state. Everything lies under build/tiny_training. `tools/measure_tiny.py` measures what came out.
+saved state; with other arguments it is refused. Everything lies under build/tiny_training: the scenes take 18 GB there,
+and as much memory of the machine and of the GPU. `tools/measure_tiny.py --weights` measures what came out; to use it,
+put it at models/tiny.safetensors.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ def parse_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "tiny_training", help="scenes and states")
-    parser.add_argument("--output", type=Path, default=ROOT / "models" / "tiny.safetensors")
+    parser.add_argument("--output", type=Path, help="default: tiny.safetensors in the folder")
     parser.add_argument("--stop-after", type=float, default=float("inf"), metavar="SECONDS", help="save and end then")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile: slower steps, no waiting")
     parser.add_argument("--lock-unet", action="store_true", help="train the ControlNet alone, as its paper does")
@@ -47,6 +49,7 @@ def parse_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
         parser.add_argument(f"--{stage}-batch", type=int, default=batch, help="default %(default)s")
         parser.add_argument(f"--{stage}-rate", type=float, default=rate, help="learning rate, default %(default)s")
     args = parser.parse_args(argv)
+    args.output = args.output or args.folder / "tiny.safetensors"
     args.stages = args.stages.split(",")
     unknown = [stage for stage in args.stages if stage not in STAGES]
     if unknown:
@@ -80,6 +83,19 @@ class Run:
         self.images = torch.from_numpy(self.scenes.images).to(args.device)
         check_scenes(self.scenes, self.images)
         self._latents: Any = None
+
+    def identity(self, stage: str) -> str:
+        """What a stage's result depends on beside the code, as one line of JSON."""
+        from cldm.files import sha256
+
+        place = STAGES.index(stage)
+        what = {name: getattr(self.args, f"{stage}_{name}") for name in ("steps", "batch", "rate")}
+        what.update(seed=self.args.seed, scenes=self.args.scenes, model=self.config.digest())
+        if stage == "control":
+            what["locked"] = self.args.lock_unet
+        if place > 0:
+            what["after"] = sha256(self.result(STAGES[place - 1]))
+        return json.dumps(what, sort_keys=True)
 
     def result(self, stage: str) -> Path:
         return self.args.folder / f"{stage}.safetensors"
@@ -115,6 +131,7 @@ class Run:
         round_to_half(list(modules.values()))
         weights = {name: p.detach().half().cpu().contiguous() for name, p in self.model.named_parameters()}
         notes = {"stage": stage, "seed": str(self.args.seed), "model": self.config.digest()}
+        notes["training"] = self.identity(stage)
         with atomic_path(self.result(stage)) as temporary:
             save_file(weights, str(temporary), metadata=notes)
         log.info("%s: wrote %s", stage, self.result(stage))
@@ -125,7 +142,7 @@ class Run:
         Raises
         ------
         ValueError
-            It was trained with another configuration of the model.
+            It was trained with another configuration of the model, other settings, or on top of another result.
         """
         import torch
         from safetensors import safe_open
@@ -134,6 +151,12 @@ class Run:
         with safe_open(str(path), framework="pt") as file, torch.no_grad():
             if (file.metadata() or {}).get("model") != self.config.digest():
                 raise ValueError(f"{path} was trained with another models/tiny.yaml; remove it or use another --folder")
+            if file.metadata().get("training") != self.identity(stage):
+                other = file.metadata().get("training")
+                raise ValueError(
+                    f"{path} is of {other}, and this run of {self.identity(stage)}; give the same arguments, remove it"
+                    " and the stages after it, or use another --folder"
+                )
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(file.get_tensor(name))
         log.info("%s: done before, %s", stage, path)
@@ -158,7 +181,10 @@ def train_autoencoder(run: Run) -> None:
 
     modules = {"first_stage_model": autoencoder}
     extra = {"critic": critic, "critic_optimizer": optimizer}
-    trainer = Trainer("autoencoder", modules, settings, run.args.folder, run.args.seed, run.args.device, extra)
+    identity = run.identity("autoencoder")
+    trainer = Trainer(
+        "autoencoder", modules, settings, run.args.folder, run.args.seed, run.args.device, extra, identity
+    )
     trainer.run(choose_step(make(False, False), run.candidates(make), trainer), run.stop_at)
     trainer.use_average()
     shift, ratio = stage.standardise_latents(autoencoder, run.images[:2000])
@@ -193,7 +219,8 @@ def train_diffusion(run: Run, control: bool) -> None:
     def make(compiled: bool, amp: bool) -> Any:
         return stage.make_step(run.model, latents, run.empty, settings.batch, control, compiled, amp)
 
-    trainer = Trainer(name, modules, settings, run.args.folder, run.args.seed, run.args.device)
+    identity = run.identity(name)
+    trainer = Trainer(name, modules, settings, run.args.folder, run.args.seed, run.args.device, identity=identity)
     trainer.run(choose_step(make(False, False), run.candidates(make), trainer), run.stop_at)
     trainer.use_average()
     run.finish(name, modules)
@@ -208,6 +235,9 @@ def train_diffusion(run: Run, control: bool) -> None:
 
 def main(argv: Optional[List[str]] = None) -> int:
     args = parse_arguments(argv)
+    from environment import ensure_environment
+
+    ensure_environment(["torch", "numpy", "cv2", "yaml", "safetensors", "transformers"])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     import shutil
 
@@ -219,8 +249,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         print("no CUDA device here; --device cpu works, but takes days", file=sys.stderr)
         return 1
-    run = Run(args)
     try:
+        run = Run(args)
         for stage in STAGES:
             if run.result(stage).is_file():
                 run.restore(stage)
@@ -234,6 +264,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     except Stopped as stopped:
         log.info("%s; the same command goes on from there", stopped)
         return 3
+    except (OSError, ValueError) as error:
+        print(f"train_tiny: {error}", file=sys.stderr)
+        return 1
     with atomic_path(args.output) as temporary:
         shutil.copyfile(str(run.result(STAGES[-1])), str(temporary))
     log.info("wrote %s, %.1f MiB", args.output, args.output.stat().st_size / 2**20)

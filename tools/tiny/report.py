@@ -101,6 +101,7 @@ class Report:
         recall: Optional[float] = None,
         precision: Optional[float] = None,
         pooled_only: bool = False,
+        note: str = "",
     ) -> None:
         """Append recall and precision, in percent, pooled over pixels and, if not told otherwise, as the images' mean.
 
@@ -108,9 +109,11 @@ class Report:
         ----------
         recall, precision : float, optional
             Least values asked for, in percent.
+        note : str
+            What one match stands for, where that is more than one picture.
         """
         pooled = sum(matches, EdgeMatch())
-        note = f"{len(matches)} pictures"
+        note = note or f"{len(matches)} pictures"
         for measure, limit in (("recall", recall), ("precision", precision)):
             title, value = f"{measure}, {name}: all pixels", 100 * getattr(pooled, measure)
             self.add(section, title, value, unit="%", at_least=limit, note=note)

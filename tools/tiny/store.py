@@ -39,11 +39,16 @@ class Scenes:
     tokens: np.ndarray
 
 
+# Beside this folder's sources, those of training and measuring: they decide nothing about a scene.
+NOT_DRAWING = ("__init__", "report", "sampling", "train_autoencoder", "train_diffusion", "training")
+
+
 def code_digest() -> str:
     """Hash over what decides a chunk's content: the generator's sources and the vocabulary."""
-    own = sorted(Path(__file__).resolve().parent.glob("*.py"))
+    own = [path for path in sorted(Path(__file__).resolve().parent.glob("*.py")) if path.stem not in NOT_DRAWING]
     config = load_config("tiny")
-    return source_digest([*own, Path(config.folder) / config.tokenizer / "vocab.json"])
+    tokenizer = Path(config.folder) / config.tokenizer
+    return source_digest([*own, tokenizer / "vocab.json", tokenizer / "merges.txt"])
 
 
 def packed_edges(image: np.ndarray) -> np.ndarray:

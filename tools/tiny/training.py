@@ -12,7 +12,6 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cldm.files import atomic_path
 
@@ -78,6 +77,8 @@ class Trainer:
         Where the state is saved.
     extra : mapping of str to anything with state_dict and load_state_dict, optional
         Saved along.
+    identity : str
+        What the run is of, seed and settings; a state saved by another run is refused.
     """
 
     def __init__(
@@ -89,7 +90,9 @@ class Trainer:
         seed: int,
         device: str,
         extra: Optional[Mapping[str, Any]] = None,
+        identity: str = "",
     ) -> None:
+        self.identity = identity
         self.name, self.settings, self.seed = name, settings, seed
         self.path = folder / f"{name}.state.pt"
         self.extra = dict(extra or {})
@@ -117,6 +120,11 @@ class Trainer:
         state = torch.load(str(self.path), map_location=device, weights_only=True)
         if list(state["parameters"]) != list(self.parameters):
             raise ValueError(f"{self.path} was saved by another model; remove it to begin the stage anew")
+        if state["identity"] != self.identity:
+            raise ValueError(
+                f"{self.path} was saved by a run of {state['identity']}, and this one is of {self.identity}; give the"
+                " same arguments, or remove it to begin the stage anew"
+            )
         with torch.no_grad():
             for name, value in state["parameters"].items():
                 self.parameters[name].copy_(value)
@@ -134,6 +142,7 @@ class Trainer:
             "average": self.average,
             "optimizer": self.optimizer.state_dict(),
             "extra": {name: part.state_dict() for name, part in self.extra.items()},
+            "identity": self.identity,
             "step": self.step,
             "seconds": self.seconds,
         }
@@ -247,6 +256,11 @@ def choose_step(reference: Step, candidates: Mapping[str, Step], trainer: Traine
     RuntimeError
         No candidate is within the tolerances.
     """
+    from torch.nn.attention import (
+        SDPBackend,
+        sdpa_kernel,
+    )  # from torch 2.3 on; the rest of this module needs no more than 2.0
+
     parameters = list(trainer.parameters.values())
     before = [p.detach().clone() for p in parameters]
     generator = torch.Generator(device=parameters[0].device).manual_seed(seed_for("moved"))

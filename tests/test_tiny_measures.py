@@ -44,7 +44,6 @@ from tools.tiny.report import Report, Row, confusion_table
 from tools.tiny.sampling import ADDED_PROMPT, NEGATIVE_PROMPT, Sampler, generate
 from tools.tiny.scenes import Scene, make_scene
 
-
 # --- edges
 
 

@@ -15,11 +15,16 @@ import sys
 from pathlib import Path
 from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # run as a file, Python's path begins with tools/
     sys.path.insert(0, str(ROOT))
+
+if __name__ == "__main__":
+    from environment import ensure_environment
+
+    ensure_environment(["torch or onnxruntime", "numpy", "cv2", "yaml", "transformers", "tqdm"])
+
+import numpy as np  # noqa: E402
 
 COLOURS = ("red", "blue")
 STRENGTHS = (0.0, 0.5, 1.0)
@@ -167,9 +172,6 @@ def draw_sheet(args: argparse.Namespace) -> np.ndarray:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parse_arguments(argv)
-    from environment import ensure_environment
-
-    ensure_environment(["torch or onnxruntime", "numpy", "cv2", "yaml", "transformers", "tqdm"])
     from cldm.files import atomic_path
 
     try:

@@ -10,6 +10,7 @@
 // multiplications, and what one thread can do for all is done by one.
 #include "group_norm_device.cuh"
 #include "group_norm_plan.h"
+#include "group_norm_types.cuh"
 
 #include <cmath>
 #include <mutex>
@@ -273,7 +274,7 @@ struct ThreadSums {
 // Merges a block's threads: every thread gets the block's triple.
 template <bool Exact>
 __device__ __forceinline__ Moments mergeBlock(Moments const& own) {
-    __shared__ Moments warps[kMaxThreads / kWarp];
+    CANNY2IMAGE_SHARED(Moments, warps, kMaxThreads / kWarp);
     uint32_t const lane = threadIdx.x % kWarp;
     Moments const warp = mergeLanes<Exact, kWarp>(own);
     if (lane == 0) {
@@ -301,7 +302,7 @@ __device__ __forceinline__ Moments mergeCluster(Moments const& block, Moments* p
 
 template <typename T, int V, int R, Stage S>
 __global__ void __launch_bounds__(kMaxThreads, R <= kFewPacks ? 2 : 1) runKernel(Arguments const a) {
-    __shared__ Moments peers[kMaxCluster];
+    CANNY2IMAGE_SHARED(Moments, peers, kMaxCluster);
     constexpr bool kExact = sizeof(T) == 4;
     constexpr bool kParks = (S == Stage::kHeld || S == Stage::kGrid) && R == kManyPacks;
     uint32_t const wholeUnit = divide(blockIdx.x, a.tilesDivisor);
@@ -452,7 +453,7 @@ __global__ void __launch_bounds__(kMaxThreads, R <= kFewPacks ? 2 : 1) runKernel
 
 template <typename T, int V, int R>
 __global__ void __launch_bounds__(kMaxThreads, R < kManyPacks ? 2 : 1) sliceKernel(Arguments const a) {
-    __shared__ Moments peers[kMaxCluster];
+    CANNY2IMAGE_SHARED(Moments, peers, kMaxCluster);
     constexpr bool kExact = sizeof(T) == 4;
     using P = Pack<T, V>;
     uint32_t const unit = divide(blockIdx.x, a.tilesDivisor);

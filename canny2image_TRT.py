@@ -20,6 +20,7 @@ from cldm.config import load_config  # noqa: E402
 from cldm.image import target_size, to_three_channels  # noqa: E402
 from cldm.request import Request  # noqa: E402
 from cldm.result import Result  # noqa: E402
+from ldm.plans import SamplingPlan  # noqa: E402
 
 # The contest's pictures.
 HEIGHT, WIDTH = 256, 384
@@ -265,9 +266,9 @@ class hackathon:
         request: Request,
         latents: Optional[Any] = None,
         progress: Optional[Progress] = None,
-        plan: Optional[Any] = None,
+        plan: Optional[SamplingPlan] = None,
     ) -> Result:
-        """`generate` with its arguments in a `Request`; `plan`, a `SamplingPlan`, may leave out some of its steps."""
+        """`generate` with its arguments in a `Request`; `plan` may leave out some of its steps."""
         # Sizes first: a picture that cannot be used must not cost the making of graphs.
         image = to_three_channels(image)
         height, width = target_size(*image.shape[:2], request.image_resolution)

@@ -19,6 +19,7 @@ from cldm.request import Request
 from cldm.result import Receipt, Result
 from cldm.tokenizer import Tokenizer
 from ldm.exact import exact_fp32
+from ldm.plans import exact_plan
 from ldm.schedule import ddim_alpha_bars, ddim_sigmas, ddim_timesteps
 
 
@@ -92,7 +93,7 @@ class Reference:
             num_samples=num,
             seed=request.seed,
             evaluations=request.ddim_steps,
-            sampling=f"{request.ddim_steps} of {request.ddim_steps} evaluations, exact",
+            sampling=str(exact_plan(self.model.config.schedule, request.ddim_steps, request.eta)),
             milliseconds={"total": 1e3 * (time.perf_counter() - start)},
             warnings=tuple(warnings),
         )

@@ -83,9 +83,7 @@ def subset_plan(config: ScheduleConfig, num_steps: int, indices: Sequence[int]) 
         The indices do not fall from num_steps - 1 to 0 or more.
     """
     trail = _Trail(config, num_steps, indices)
-    moves = np.zeros((len(trail.indices), 2))
-    moves[:, 0] = [trail.substeps(k).sum() for k in range(len(trail.indices))]
-    return trail.plan("subset", moves)
+    return trail.plan("subset", trail.held_moves())
 
 
 def linear_plan(
@@ -101,18 +99,9 @@ def linear_plan(
         As `subset_plan`, or the variable is not one of `VARIABLES`.
     """
     trail = _Trail(config, num_steps, indices)
-    u = trail.variable(variable)
-    moves = np.zeros((len(trail.indices), 2))
-    for k, i in enumerate(trail.indices):
-        steps = trail.substeps(k)
-        moves[k, 0] = steps.sum()
-        if k == 0 or (hold_last and k == len(trail.indices) - 1):
-            continue
-        span = u[i] - u[trail.indices[k - 1]]
-        if span != 0:  # 1,000 steps of 1,000 have their noisiest timestep twice, with no line through the two
-            inside = u[i - np.arange(len(steps))]
-            slope = float((steps * (inside - u[i])).sum() / span)
-            moves[k] += (slope, -slope)
+    moves = trail.linear_moves(variable)
+    if hold_last:
+        moves[-1] = trail.held_moves()[-1]
     detail = f"in {variable}" + (", last held" if hold_last else "")
     return trail.plan("linear", moves, detail)
 
@@ -145,13 +134,12 @@ def calibrated_plan(
 
 def held_moves(config: ScheduleConfig, num_steps: int, indices: Sequence[int]) -> np.ndarray:
     """c_0 and c_1 of `subset_plan`, (E, 2): what a calibration may start from."""
-    return subset_plan(config, num_steps, indices).rows[:, 1:] / _Trail(config, num_steps, indices).scales[:, None]
+    return _Trail(config, num_steps, indices).held_moves()
 
 
 def linear_moves(config: ScheduleConfig, num_steps: int, indices: Sequence[int], variable: str = "t") -> np.ndarray:
     """c_0 and c_1 of `linear_plan`, (E, 2)."""
-    plan = linear_plan(config, num_steps, indices, variable)
-    return plan.rows[:, 1:] / _Trail(config, num_steps, indices).scales[:, None]
+    return _Trail(config, num_steps, indices).linear_moves(variable)
 
 
 def spread_indices(num_steps: int, evaluations: int) -> Tuple[int, ...]:
@@ -181,7 +169,7 @@ class _Trail:
         self._a = np.concatenate([table[:1], table[self.steps]])
         self._s = np.sqrt((1 - self._a) / self._a)
         ends = np.asarray([*self.indices[1:], -1]) + 1
-        self.scales = np.sqrt(self._a[ends])
+        self._scales = np.sqrt(self._a[ends])
         self._shrinks = np.sqrt(self._a[ends] / self._a[np.asarray(self.indices) + 1])
 
     def substeps(self, segment: int) -> np.ndarray:
@@ -199,8 +187,23 @@ class _Trail:
             return self.steps.astype(np.float64)
         return self._s[1:] if name == "s" else -np.log(self._s[1:])
 
+    def held_moves(self) -> np.ndarray:
+        """c_0 and c_1 of each segment where a prediction is held, (E, 2)."""
+        return np.asarray([(self.substeps(k).sum(), 0.0) for k in range(len(self.indices))])
+
+    def linear_moves(self, name: str) -> np.ndarray:
+        """The same on the line through the last two predictions; the first segment has one, and holds it."""
+        u, moves = self.variable(name), self.held_moves()
+        for k, (before, i) in enumerate(zip(self.indices, self.indices[1:]), start=1):
+            span = u[i] - u[before]
+            if span != 0:  # 1,000 steps of 1,000 have their noisiest timestep twice, with no line through the two
+                steps = self.substeps(k)
+                slope = float((steps * (u[i - np.arange(len(steps))] - u[i])).sum() / span)
+                moves[k] += (slope, -slope)
+        return moves
+
     def plan(self, kind: str, moves: np.ndarray, detail: str = "") -> SamplingPlan:
-        rows = np.column_stack([self._shrinks, self.scales[:, None] * moves])
+        rows = np.column_stack([self._shrinks, self._scales[:, None] * moves])
         return SamplingPlan(kind, self.num_steps, self.indices, self.steps[list(self.indices)], rows, detail=detail)
 
 

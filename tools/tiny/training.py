@@ -256,10 +256,8 @@ def choose_step(reference: Step, candidates: Mapping[str, Step], trainer: Traine
     RuntimeError
         No candidate is within the tolerances.
     """
-    from torch.nn.attention import (
-        SDPBackend,
-        sdpa_kernel,
-    )  # from torch 2.3 on; the rest of this module needs no more than 2.0
+    # From torch 2.3 on; the rest of this module needs no more than 2.0.
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     parameters = list(trainer.parameters.values())
     before = [p.detach().clone() for p in parameters]

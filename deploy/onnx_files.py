@@ -22,6 +22,28 @@ ONNX_TYPES = {
 }
 
 
+class NotOnnxError(ValueError):
+    """A file cannot be read as an ONNX model; the message is the reader's."""
+
+
+def load_graph(path: Path) -> onnx.ModelProto:
+    """A model without what lies outside its file.
+
+    Raises
+    ------
+    NotOnnxError
+        It is no ONNX file, or a part of one.
+    OSError
+        It cannot be read.
+    """
+    try:
+        return onnx.load(str(path), load_external_data=False)
+    except OSError:
+        raise
+    except Exception as error:  # protobuf's DecodeError, whose home differs between versions
+        raise NotOnnxError(str(error)) from error
+
+
 def simplify(model: onnx.ModelProto) -> onnx.ModelProto:
     """Fold what is constant. Weights that lie outside the graph's file are left alone, unread."""
     from polygraphy.backend.onnx import fold_constants

@@ -21,7 +21,7 @@ from typing import Any, Dict, FrozenSet, Iterator, List, Optional, Sequence, Set
 import onnx
 from onnx import NodeProto, TensorProto, ValueInfoProto, numpy_helper
 
-from deploy.onnx_files import is_external
+from deploy.onnx_files import NotOnnxError, is_external, load_graph
 from deploy.spec import STEPS
 from deploy.surgery import NAMESPACE, OP
 
@@ -189,10 +189,8 @@ def _common(rows: List[Dict[str, Any]]) -> Dict[str, Any]:
 
 def _load(path: Path) -> onnx.ModelProto:
     try:
-        model = onnx.load(str(path), load_external_data=False)
-    except OSError:
-        raise
-    except Exception as error:  # protobuf's DecodeError, whose home differs between versions
+        model = load_graph(path)
+    except NotOnnxError as error:
         raise OperatorError(f"{path} is no ONNX file, or is truncated: {error}; export it again") from error
     graph = model.graph
     made = {name for node in graph.node for name in node.output}

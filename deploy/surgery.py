@@ -49,7 +49,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 from cldm.files import atomic_path, naming_full_disk, require_room
 from cldm.machine import peak_memory_text
 from deploy.manifest import ArtefactError, manifest_path, read_manifest
-from deploy.onnx_files import gather_external, has_external, is_external
+from deploy.onnx_files import NotOnnxError, gather_external, has_external, is_external, load_graph
 
 if TYPE_CHECKING:  # torch takes seconds to import, and only counting a network's modules needs it
     from torch import nn
@@ -612,10 +612,8 @@ def fuse_file(source: Path, target: Path, network: Optional[nn.Module] = None) -
     if target.exists() and target.resolve() == source.resolve():
         raise SurgeryError(f"{target} is the file that is read; name another")
     try:
-        model = onnx.load(str(source), load_external_data=False)
-    except OSError:
-        raise
-    except Exception as error:  # protobuf's DecodeError, whose home differs between versions
+        model = load_graph(source)
+    except NotOnnxError as error:
         raise SurgeryError(f"{source} is no ONNX file: {error}") from error
     if not model.graph.node:
         raise SurgeryError(f"{source} is no ONNX file, or an empty one")

@@ -165,8 +165,8 @@ struct Load {
     double rows{0.0};    // thousands of rows of neighbouring bytes
 };
 
-inline Load loadOf(Plan const& plan, int64_t steps, int64_t groupChannels, int64_t size, DeviceFacts const& facts) noexcept {
-    bool const many = plan.packs > fewPacks(plan.vector, static_cast<int>(size));
+inline Load loadOf(Plan const& plan, int64_t steps, Sizes const& sizes, DeviceFacts const& facts) noexcept {
+    bool const many = plan.packs > fewPacks(plan.vector, static_cast<int>(sizes.element));
     int64_t const registers = many ? (plan.shape == Shape::kColumns ? 128 : 112)  // of the FP16 kernels
         : plan.shape == Shape::kRun ? 48
         : plan.shape == Shape::kColumns ? 72
@@ -178,7 +178,7 @@ inline Load loadOf(Plan const& plan, int64_t steps, int64_t groupChannels, int64
     bool const large = plan.stage == Stage::kHeld && plan.tiles > 2;
     int64_t const slots = (large ? facts.processors * 9 / 10 : facts.processors) * resident;
     int64_t const blocks = plan.units * plan.tiles;
-    int64_t const groups = plan.shape == Shape::kColumns ? plan.bundleChannels / groupChannels : 1;
+    int64_t const groups = plan.shape == Shape::kColumns ? plan.bundleChannels / sizes.groupChannels : 1;
     int64_t const rounds = ceilDiv(groups, plan.threads / kWarpThreads);
     int64_t const elements = plan.chunk * (plan.shape == Shape::kRun ? plan.vector : plan.bundleChannels);
     Load load;
@@ -189,10 +189,11 @@ inline Load loadOf(Plan const& plan, int64_t steps, int64_t groupChannels, int64
         load.waves = static_cast<double>(ceilDiv(blocks, slots < 1 ? 1 : slots));
         load.blocks = static_cast<double>(smaller(resident, ceilDiv(blocks, facts.processors)));
     }
-    load.kilobytes = load.blocks * static_cast<double>(elements * size) / 1000.0;
+    load.kilobytes = load.blocks * static_cast<double>(elements * sizes.element) / 1000.0;
     load.steps = static_cast<double>(steps);
     if (plan.shape == Shape::kColumns) {
-        load.items = static_cast<double>(ceilDiv(plan.rows * (groupChannels / plan.itemWidth), kWarpThreads) * rounds);
+        int64_t const items = plan.rows * (sizes.groupChannels / plan.itemWidth);
+        load.items = static_cast<double>(ceilDiv(items, kWarpThreads) * rounds);
     }
     load.threads = plan.threads / 256.0;
     if (plan.shape != Shape::kRun) {
@@ -252,16 +253,13 @@ void considerRuns(GroupNormParams const& p, int32_t vector, Sizes const& sizes, 
         return ceilDiv(plan.chunk, plan.threads);
     };
 
-    auto load = [&](Plan const& plan, int64_t steps) {
-        return loadOf(plan, steps, sizes.groupChannels, sizes.element, facts);
-    };
     int64_t const widest = facts.clusters ? kMaxCluster : 1;
     for (int32_t threads : kThreadChoices) {
         for (int64_t tiles = 1; tiles <= widest && tiles <= run; tiles *= 2) {
             Plan plan = base;
             int64_t const steps = cut(plan, tiles, threads);
             if (hold(plan, steps, stage, facts)) {
-                plan.cost = heldCost(plan, load(plan, steps));
+                plan.cost = heldCost(plan, loadOf(plan, steps, sizes, facts));
                 consider(plan);
             }
         }
@@ -277,7 +275,7 @@ void considerRuns(GroupNormParams const& p, int32_t vector, Sizes const& sizes, 
         int64_t const tiles = smaller(most, even > fewest ? even : fewest);
         if (fewest <= most && hold(plan, cut(plan, tiles, kMaxThreads), stage, facts) && gridLaunches(plan, facts)) {
             plan.packs = kManyPacks;
-            plan.cost = gridCost(plan, load(plan, 0));
+            plan.cost = gridCost(plan, loadOf(plan, 0, sizes, facts));
             consider(plan);
         }
     }
@@ -289,10 +287,18 @@ void considerRuns(GroupNormParams const& p, int32_t vector, Sizes const& sizes, 
             int64_t const steps = cut(plan, partialTiles(base.units, most, blocks, facts), threads);
             plan.packs = kFewPacks;
             plan.sharedBytes = stage;
-            plan.cost = pairCost(plan, load(plan, steps), sizes.totalBytes, facts);
+            plan.cost = pairCost(plan, loadOf(plan, steps, sizes, facts), sizes.totalBytes, facts);
             consider(plan);
         }
     }
+}
+
+// The greatest power of two up to `most`, itself one, that divides a group's channels.
+inline int32_t commonWidth(int64_t groupChannels, int32_t most) noexcept {
+    while (groupChannels % most != 0) {
+        most /= 2;
+    }
+    return most;
 }
 
 // Cuts the pixels into `tiles`; gives the steps that a block needs, or 0 where the columns are too many.
@@ -316,10 +322,7 @@ inline int64_t columnsShared(Plan const& plan, int64_t groupChannels) noexcept {
 template <typename Consider>
 void considerColumns(GroupNormParams const& p, int32_t vector, Sizes const& sizes, DeviceFacts const& facts,
     Consider consider) {
-    int32_t width = vector;  // the greatest power of two that divides both
-    while (sizes.groupChannels % width != 0) {
-        width /= 2;
-    }
+    int32_t const width = commonWidth(sizes.groupChannels, vector);
     int64_t const least = vector / width * sizes.groupChannels;
     for (int64_t bundle = least; bundle <= p.channels && bundle / vector <= kMaxThreads; bundle += least) {
         if (p.channels % bundle != 0) {
@@ -332,17 +335,13 @@ void considerColumns(GroupNormParams const& p, int32_t vector, Sizes const& size
         base.bundleChannels = static_cast<int32_t>(bundle);
         base.columns = static_cast<int32_t>(bundle / vector);
         base.units = p.batch * (p.channels / bundle);
-        auto load = [&](Plan const& plan, int64_t steps) {
-            return loadOf(plan, steps, sizes.groupChannels, sizes.element, facts);
-        };
-
         int64_t const widest = facts.clusters ? kMaxCluster : 1;
         for (int32_t threads : kThreadChoices) {
             for (int64_t tiles = 1; tiles <= widest && tiles <= p.pixels; tiles *= 2) {
                 Plan plan = base;
                 int64_t const steps = cutColumns(plan, p.pixels, tiles, threads);
                 if (hold(plan, steps, columnsShared(plan, sizes.groupChannels), facts)) {
-                    plan.cost = heldCost(plan, load(plan, steps));
+                    plan.cost = heldCost(plan, loadOf(plan, steps, sizes, facts));
                     consider(plan);
                 }
             }
@@ -357,7 +356,7 @@ void considerColumns(GroupNormParams const& p, int32_t vector, Sizes const& size
             int64_t const steps = cutColumns(plan, p.pixels, tiles, kMaxThreads);
             if (hold(plan, steps, columnsShared(plan, sizes.groupChannels), facts) && gridLaunches(plan, facts)) {
                 plan.packs = kManyPacks;
-                plan.cost = gridCost(plan, load(plan, steps));
+                plan.cost = gridCost(plan, loadOf(plan, steps, sizes, facts));
                 consider(plan);
             }
         }
@@ -374,7 +373,7 @@ void considerColumns(GroupNormParams const& p, int32_t vector, Sizes const& size
                 plan.packs = kFewPacks;
                 plan.sharedBytes = columnsShared(plan, sizes.groupChannels);
                 if (plan.sharedBytes <= facts.sharedPerBlock - 1024) {
-                    plan.cost = pairCost(plan, load(plan, steps), sizes.totalBytes, facts);
+                    plan.cost = pairCost(plan, loadOf(plan, steps, sizes, facts), sizes.totalBytes, facts);
                     consider(plan);
                 }
             }
@@ -383,12 +382,9 @@ void considerColumns(GroupNormParams const& p, int32_t vector, Sizes const& size
 }
 
 template <typename Consider>
-void considerSlices(GroupNormParams const& p, int32_t size, Sizes const& sizes, DeviceFacts const& facts,
-    Consider consider) {
-    int32_t width = 16 / size;  // the greatest power of two up to 16 bytes that divides a group
-    while (sizes.groupChannels % width != 0) {
-        width /= 2;
-    }
+void considerSlices(GroupNormParams const& p, Sizes const& sizes, DeviceFacts const& facts, Consider consider) {
+    int32_t const size = static_cast<int32_t>(sizes.element);
+    int32_t const width = commonWidth(sizes.groupChannels, 16 / size);
     if (width * size < 4 || width < 2) {
         return;
     }
@@ -407,7 +403,7 @@ void considerSlices(GroupNormParams const& p, int32_t size, Sizes const& sizes, 
                 continue;
             }
             plan.packs = steps <= fewPacks(width, size) ? fewPacks(width, size) : manyPacks(width, size);
-            plan.cost = heldCost(plan, loadOf(plan, steps, sizes.groupChannels, size, facts));
+            plan.cost = heldCost(plan, loadOf(plan, steps, sizes, facts));
             consider(plan);
         }
     }
@@ -446,7 +442,7 @@ void considerPlans(GroupNormParams const& params, bool vectorised, DeviceFacts c
     };
     if (params.layout == Layout::kNHWC && vectorised && params.channels % vector == 0) {
         considerColumns(params, vector, sizes, offered, allowed);
-        considerSlices(params, static_cast<int32_t>(size), sizes, offered, allowed);
+        considerSlices(params, sizes, offered, allowed);
     } else if (params.layout == Layout::kNCHW && vectorised && params.pixels % vector == 0) {
         considerRuns(params, vector, sizes, offered, allowed);
     }

@@ -69,7 +69,7 @@ struct Timing {
 
 // Microseconds of one launch, from graphs of `calls` launches each.
 template <typename Record>
-Timing timeGraph(cudaStream_t stream, int calls, Record record, int repeats = 30) {
+Timing timeGraph(cudaStream_t stream, int calls, Record record, int repeats) {
     constexpr int kWarmUp = 3;
     Graph const graph(stream, record);
     cudaEvent_t begin = nullptr;
@@ -108,40 +108,66 @@ struct Buffers {
     std::vector<std::unique_ptr<Memory>> memory;
 };
 
-void timeShape(GroupNormParams params, bool cold, cudaDeviceProp const& device, cudaStream_t stream) {
-    constexpr size_t kFewestCalls = 40;
-    size_t const size = elementsOf(params) * sizeOf(params.dataType);
-    Buffers const buffers(size, cold, static_cast<size_t>(device.l2CacheSize));
-    // Whole rounds over the buffers, so that none is still in the cache when its turn comes again.
-    size_t const pairs = buffers.memory.size() / 2;
-    size_t const calls = (kFewestCalls + pairs - 1) / pairs * pairs;
-    Memory const parameters(static_cast<size_t>(params.channels) * sizeOf(params.parameterType));
-    Memory const workspace(groupNormWorkspaceSize(params));
-    parameters.fill(0x3c);
-    check(cudaDeviceSynchronize(), "buffers");
-    params.gamma = params.beta = parameters.data();
-    Timing const norm = timeGraph(stream, static_cast<int>(calls), [&](cudaStream_t on) {
-        for (size_t i = 0; i < calls; ++i) {
-            params.x = buffers.x(i);
-            params.y = buffers.y(i);
-            check(launchGroupNorm(params, workspace.data(), workspace.size(), on), "launchGroupNorm");
-        }
+// One norm to be timed: its memory, and how many launches make a graph.
+struct Bench {
+    Bench(GroupNormParams const& norm, bool cold, cudaDeviceProp const& device, size_t fewestCalls)
+        : params(norm), size(elementsOf(norm) * sizeOf(norm.dataType)),
+          buffers(size, cold, static_cast<size_t>(device.l2CacheSize)),
+          parameters(static_cast<size_t>(norm.channels) * sizeOf(norm.parameterType)),
+          workspace(groupNormWorkspaceSize(norm)) {
+        // Whole rounds over the buffers, so that none is still in the cache when its turn comes again.
+        size_t const pairs = buffers.memory.size() / 2;
+        calls = (fewestCalls + pairs - 1) / pairs * pairs;
+        parameters.fill(0x3c);
+        check(cudaDeviceSynchronize(), "buffers");
+        params.gamma = params.beta = parameters.data();
+        params.x = buffers.x(0);
+        params.y = buffers.y(0);
+    }
+
+    // `launch(stream)` enqueues one call on `params`, whose x and y are each pair of buffers in turn.
+    template <typename Launch>
+    Timing time(cudaStream_t stream, int repeats, Launch launch) {
+        return timeGraph(
+            stream, static_cast<int>(calls),
+            [&](cudaStream_t on) {
+                for (size_t i = 0; i < calls; ++i) {
+                    params.x = buffers.x(i);
+                    params.y = buffers.y(i);
+                    check(launch(on), "launch");
+                }
+            },
+            repeats);
+    }
+
+    GroupNormParams params;
+    size_t size;
+    Buffers buffers;
+    Memory parameters;
+    Memory workspace;
+    size_t calls{0};
+};
+
+void timeShape(GroupNormParams const& norm, bool cold, cudaDeviceProp const& device, cudaStream_t stream) {
+    constexpr int kRepeats = 30;
+    Bench bench(norm, cold, device, 40);
+    GroupNormParams const& params = bench.params;
+    size_t const size = bench.size;
+    Timing const ours = bench.time(stream, kRepeats, [&](cudaStream_t on) {
+        return launchGroupNorm(params, bench.workspace.data(), bench.workspace.size(), on);
     });
     unsigned const packs = static_cast<unsigned>(size / 16);
     unsigned const blocks = std::min((packs + 255) / 256, 8U * static_cast<unsigned>(device.multiProcessorCount));
-    Timing const copy = timeGraph(stream, static_cast<int>(calls), [&](cudaStream_t on) {
-        for (size_t i = 0; i < calls; ++i) {
-            copyKernel<<<blocks, 256, 0, on>>>(
-                reinterpret_cast<uint4 const*>(buffers.x(i)), reinterpret_cast<uint4*>(buffers.y(i)), packs);
-            check(cudaGetLastError(), "copy");
-        }
+    Timing const copy = bench.time(stream, kRepeats, [&](cudaStream_t on) {
+        copyKernel<<<blocks, 256, 0, on>>>(static_cast<uint4 const*>(params.x), static_cast<uint4*>(params.y), packs);
+        return cudaGetLastError();
     });
     std::printf(
         "| %lld x %lld x %lld | %s | %s | %.2f | %.2f (%.2f to %.2f) | %.2f (%.2f to %.2f) | %.2f | %.0f | %s |\n",
         static_cast<long long>(params.batch), static_cast<long long>(params.channels),
         static_cast<long long>(params.pixels), params.layout == Layout::kNHWC ? "NHWC" : "NCHW", cold ? "cold" : "warm",
-        static_cast<double>(size) / 0x1p20, norm.median, norm.least, norm.most, copy.median, copy.least, copy.most,
-        copy.median / norm.median, 2.0 * static_cast<double>(size) / norm.median / 1000.0,
+        static_cast<double>(size) / 0x1p20, ours.median, ours.least, ours.most, copy.median, copy.least, copy.most,
+        copy.median / ours.median, 2.0 * static_cast<double>(size) / ours.median / 1000.0,
         groupNormPath(params).c_str());
 }
 
@@ -162,31 +188,14 @@ void timeAll(cudaDeviceProp const& device, cudaStream_t stream) {
     }
 }
 
-void timePlans(GroupNormParams params, cudaDeviceProp const& device, cudaStream_t stream, std::FILE* file) {
-    constexpr size_t kFewestCalls = 20;
-    size_t const size = elementsOf(params) * sizeOf(params.dataType);
-    bool const cold = 2 * size > static_cast<size_t>(device.l2CacheSize);
-    Buffers const buffers(size, cold, static_cast<size_t>(device.l2CacheSize));
-    size_t const pairs = buffers.memory.size() / 2;
-    size_t const calls = (kFewestCalls + pairs - 1) / pairs * pairs;
-    Memory const parameters(static_cast<size_t>(params.channels) * sizeOf(params.parameterType));
-    Memory const workspace(groupNormWorkspaceSize(params));
-    parameters.fill(0x3c);
-    check(cudaDeviceSynchronize(), "buffers");
-    params.gamma = params.beta = parameters.data();
-    params.x = buffers.x(0);
-    params.y = buffers.y(0);
+void timePlans(GroupNormParams const& norm, cudaDeviceProp const& device, cudaStream_t stream, std::FILE* file) {
+    bool const cold = 2 * elementsOf(norm) * sizeOf(norm.dataType) > static_cast<size_t>(device.l2CacheSize);
+    Bench bench(norm, cold, device, 20);
+    GroupNormParams const& params = bench.params;
     for (Plan const& plan : allPlans(params)) {
-        Timing const time = timeGraph(
-            stream, static_cast<int>(calls),
-            [&](cudaStream_t on) {
-                for (size_t i = 0; i < calls; ++i) {
-                    params.x = buffers.x(i);
-                    params.y = buffers.y(i);
-                    check(launchPlan(params, plan, workspace.data(), on), "launchPlan");
-                }
-            },
-            7);
+        Timing const time = bench.time(stream, 7, [&](cudaStream_t on) {
+            return launchPlan(params, plan, bench.workspace.data(), on);
+        });
         std::fprintf(file, "%lld,%lld,%lld,%s,%s,%d,%d,%d,%d,%d,%d,%d,%d,%lld,%lld,%lld,%d,%lld,%.3f,%.3f,%.3f\n",
             static_cast<long long>(params.batch), static_cast<long long>(params.channels),
             static_cast<long long>(params.pixels), params.layout == Layout::kNHWC ? "NHWC" : "NCHW",

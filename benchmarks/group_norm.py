@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import statistics
 import sys
 import time
@@ -28,6 +29,7 @@ LARGE_MAP = 8 << 20  # bytes; what a map must exceed to be held to the copy's ba
 WANTED_LARGE, WANTED_SMALL, WANTED_STEP = 0.8, 1.5, 1.5
 GRAPH_MICROSECONDS = 1500.0  # about what one replay of the floor should take: long against the clock's step
 BYTES = 2  # fp16
+OVERLAP_VARIABLE = "CANNY2IMAGE_GROUP_NORM_OVERLAP"  # of plugins/group_norm_plan.h
 STEPS = 20  # of an image, for the order in which norms are compiled
 COLUMNS = ("ours", "eager", "compile", "copy")  # those shown with their spread
 
@@ -424,6 +426,9 @@ def parse_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
     )
     parser.add_argument("--compile-budget", type=float, default=150, help="seconds; norms left then are not compared")
     parser.add_argument("--tolerance", type=float, default=0.02, help="by how much ours may be slower than compiled")
+    parser.add_argument(
+        "--no-overlap", action="store_true", help="our kernels begin only when the one ahead has ended, as others do"
+    )
     parser.add_argument("--output", type=Path, help="JSON file for all numbers")
     parser.add_argument("--shapes-only", action="store_true", help="print the list of norms; needs no GPU")
     return parser.parse_args(argv)
@@ -452,6 +457,8 @@ def benchmark(args: argparse.Namespace, counted: Sequence[Counted]) -> int:
     from plugins import torch_operator
 
     start = time.monotonic()
+    if args.no_overlap:
+        os.environ[OVERLAP_VARIABLE] = "0"  # looked at on the first launch
     torch_operator.load()  # a missing compiler is said before the long part
     properties = torch.cuda.get_device_properties(0)
     l2 = getattr(properties, "L2_cache_size", 50 << 20)
@@ -464,6 +471,7 @@ def benchmark(args: argparse.Namespace, counted: Sequence[Counted]) -> int:
         "copy_bytes_a_second": bandwidth * 1e6,
         "rounds": args.rounds,
         "compile_mode": args.compile_mode,
+        "overlap": os.environ.get(OVERLAP_VARIABLE) != "0",
     }
     jobs = [(c, layout) for c in counted for layout in args.layouts]
     compiled: Dict[Tuple[Norm, str], Callable[..., Any]] = {}
@@ -480,7 +488,8 @@ def benchmark(args: argparse.Namespace, counted: Sequence[Counted]) -> int:
         f"\n{about['device']}, torch {about['torch']}, CUDA {about['cuda']}, fp16 data and parameters; copy of 1 GiB"
         f" {bandwidth / 1e6:.2f} TB/s, L2 {l2 / 2**20:.0f} MiB; CUDA graphs in turn, 2 warm-up replays, median of"
         f" {args.rounds} (lowest-highest); {len(compiled)} of {len(jobs)} compiled in"
-        f" {about.get('compile_seconds', 0):.0f} s; {about['seconds']:.0f} s in all"
+        f" {about.get('compile_seconds', 0):.0f} s; {about['seconds']:.0f} s in all; our launches"
+        f" {'may overlap the one ahead' if about['overlap'] else 'wait for the end of the one ahead'}"
     )
     print_rows(rows)
     print_summary(totals, judged)

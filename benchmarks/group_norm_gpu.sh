@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What only a GPU can show of the GroupNorm kernels, in one run of under nine minutes: builds everything, then checks the
-# kernels, the torch operator and the TensorRT plugins, looks for bad accesses and races, and measures the speed.
+# kernels, the torch operator and the TensorRT plugins, looks for bad accesses and races, and measures the speed: of what
+# is chosen, of every plan (plans.csv), and with no launch overlapping the one ahead.
 #
 #     bash benchmarks/group_norm_gpu.sh LOGS [HEADERS...]
 #
@@ -10,7 +11,7 @@
 set -uo pipefail
 
 if [ $# -lt 1 ] || [[ "$1" == -* ]]; then
-    sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+    sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
     exit 2
 fi
 mkdir -p "$1" || exit 2
@@ -34,7 +35,7 @@ export PYTHONUNBUFFERED=1
 export PATH="$PATH:/usr/local/cuda/bin"
 mkdir -p "$BUILD" || exit 2
 : >"$SUMMARY"
-rm -f "$LOGS"/*.log "$LOGS/benchmark.json" "$BUILD"/*.result
+rm -f "$LOGS"/*.log "$LOGS"/benchmark*.json "$BUILD"/*.result
 
 # stage NAME LOG LIMIT COMMAND...: run it for at most LIMIT seconds and within the total; its output is added to LOG.
 stage() {
@@ -104,8 +105,12 @@ sanitize() {
     wait
 }
 
+# Once with launches that wait for the end of the one ahead, as all other candidates' do, then as they are meant to be.
 measure() {
-    local left=$((TOTAL_SECONDS - SECONDS)) budget
+    local left budget
+    stage benchmark-no-overlap benchmark_no_overlap 60 "$PYTHON" benchmarks/group_norm.py --no-overlap \
+        --compile-mode none --output "$LOGS/benchmark_no_overlap.json"
+    left=$((TOTAL_SECONDS - SECONDS))
     # About 50 s go into the build's look-up, the timing and the start of the compilers.
     budget=$((left - 60 < 150 ? left - 60 : 150))
     if [ "$budget" -lt 0 ]; then
@@ -130,6 +135,7 @@ main() {
     build_all "$arch"
     if [ -e "$BUILD/kernels.result" ]; then
         stage kernel-check kernel_check 120 "$BUILD/kernel_check"
+        stage plans plans 90 "$BUILD/kernel_check" --cases 0 --plans "$LOGS/plans.csv"
     fi
     if [ -e "$BUILD/operator.result" ]; then
         stage gpu-tests tests 150 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/test_torch_operator.py

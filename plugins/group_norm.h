@@ -18,13 +18,14 @@ enum class Activation : int32_t { kNone = 0, kSiLU = 1 };
 struct GroupNormParams {
     void const* x{nullptr};
     void* y{nullptr};                  // same type, layout and strides as x; may be x itself
-    void const* gamma{nullptr};        // (channels)
-    void const* beta{nullptr};         // (channels)
+    void const* gamma{nullptr};        // (parameterRows, channels)
+    void const* beta{nullptr};         // (parameterRows, channels)
     void const* channelBias{nullptr};  // (batch, channels), added to x before the statistics, or null
     int64_t batch{0};
     int64_t channels{0};
     int64_t pixels{0};       // height times width
     int64_t pixelStride{0};  // NHWC: elements from one pixel to the next, at least `channels` (HWC8 pads to 8); NCHW: unused
+    int64_t parameterRows{1};  // divides `batch`; each row serves batch / parameterRows samples, one after the other
     int32_t groups{0};       // divides `channels`
     float epsilon{0.0F};     // added to the variance
     Activation activation{Activation::kNone};
@@ -43,6 +44,10 @@ size_t groupNormWorkspaceSize(GroupNormParams const& params) noexcept;
 
 // Enqueue the operator: no allocation, no synchronisation, the same bits for the same inputs, and capturable in a CUDA
 // graph. Padding channels of an NHWC tensor with pixelStride > channels are written as zero.
+//
+// Where the device, the runtime and the driver can (sm_90, CUDA 12.3), its kernels begin while the one ahead of them in
+// the stream ends, and wait for that end before they touch memory; they let the next kernel begin only after. The
+// environment variable CANNY2IMAGE_GROUP_NORM_OVERLAP=0, looked at on the first call for a device, turns that off.
 //
 // Returns cudaErrorInvalidValue where `checkGroupNorm` finds fault or the workspace is too small, else the launch's error.
 cudaError_t launchGroupNorm(

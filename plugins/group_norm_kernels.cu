@@ -8,11 +8,20 @@
 //
 // Small maps are a race against latency: parameters are asked for together with the elements, indices come from
 // multiplications, and what one thread can do for all is done by one.
+//
+// Overlap. Where a plan allows it, a launch begins while the one ahead of it in the stream still ends, so that starting
+// it costs little. Every thread of every kernel waits for the end of all that stands ahead before it touches memory, even
+// gamma and beta, which another kernel may have made, and allows the next launch to begin only then. So when a launch
+// begins, all but the one just ahead of it has ended, whoever's kernels they are: one that relies on the kernel before
+// its predecessor having ended is right to. Without the launch's attribute both instructions do nothing. A kernel ahead
+// that never says that the next may begin says so by ending.
 #include "group_norm_device.cuh"
 #include "group_norm_plan.h"
 #include "group_norm_types.cuh"
 
 #include <cmath>
+#include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <type_traits>
 
@@ -49,12 +58,13 @@ struct Arguments {
     Divisor columnsDivisor;  // columns: packs of a bundle's channels
     Divisor rowsDivisor;     // columns: pixels that a block takes at once
     Divisor itemDivisor;     // columns: items of a group in one row
+    Divisor parameterDivisor;  // samples that share a row of gamma and beta
     uint32_t bundleChannels;
     uint32_t itemWidth;
     float epsilon;
     bool silu;
     bool nhwc;
-    bool staged;            // run: the group's gamma, beta and bias go through shared memory
+    bool staged;            // run: the group's gamma, beta and bias go through shared memory, as of wide packs always
     bool parameterFloat;    // gamma and beta are FP32, else the data's type
     bool biasFloat;         // the same of the bias
     bool parameterAligned;  // gamma and beta allow 16-byte accesses
@@ -63,6 +73,11 @@ struct Arguments {
 
 __device__ __forceinline__ uint32_t divide(uint32_t n, Divisor const& by) {
     return by.divisor == 1 ? n : multiplyHigh(n, by.multiplier) >> by.shift;
+}
+
+// Where a sample's row of gamma and beta begins.
+__device__ __forceinline__ int64_t parameterRow(Arguments const& a, uint32_t sample) {
+    return static_cast<int64_t>(divide(sample, a.parameterDivisor)) * a.channels;
 }
 
 __device__ __forceinline__ uint32_t lower(uint32_t a, uint32_t b) { return a < b ? a : b; }
@@ -144,7 +159,7 @@ __device__ __forceinline__ void storeMoments(float* place, Moments const& m) {
 }
 
 __device__ __forceinline__ float deviationInverse(Moments const& m, float epsilon) {
-    return reciprocalRoot(m.m2 / m.count + epsilon);
+    return reciprocalRoot(m.m2 * reciprocalFast(m.count) + epsilon);
 }
 
 template <typename T>
@@ -185,10 +200,28 @@ __device__ __forceinline__ Affine makeAffine(float mean, float inverse, float4 c
     return {mean - parameters.z, inverse * parameters.x, parameters.y};
 }
 
-template <bool WithSilu>
-__device__ __forceinline__ float finish(float x, Affine const& by) {
-    float const y = (x - by.centre) * by.scale + by.beta;
-    return WithSilu ? silu(y) : y;
+// Of the results of one pack, from its elements; `affineOf(j)` is for element j.
+template <bool WithSilu, typename T, int V, typename AffineOf>
+__device__ __forceinline__ void finish(Pack<T, V>& pack, AffineOf affineOf) {
+    float value[V];
+    pack.unpack(value);
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+        Affine const by = affineOf(j);
+        value[j] = (value[j] - by.centre) * by.scale + by.beta;
+    }
+    if constexpr (WithSilu && V > 1 && sizeof(T) == 2) {
+#pragma unroll
+        for (int j = 0; j < V; j += 2) {
+            siluPair(value[j], value[j + 1]);
+        }
+    } else if constexpr (WithSilu) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+            value[j] = silu(value[j]);
+        }
+    }
+    pack.pack(value);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -219,11 +252,11 @@ struct Run {
         uint32_t const pixel = divide(i, a.runDivisor);
         return base + static_cast<int64_t>(pixel) * a.pixelStride + (i - pixel * a.groupChannels);
     }
-    __device__ __forceinline__ Pack<T, V> load(uint32_t i) const {
-        return *reinterpret_cast<Pack<T, V> const*>(static_cast<T const*>(a.x) + place(i));
+    __device__ __forceinline__ Pack<T, V> const* source(uint32_t i) const {
+        return reinterpret_cast<Pack<T, V> const*>(static_cast<T const*>(a.x) + place(i));
     }
     __device__ __forceinline__ void store(uint32_t i, Pack<T, V> const& pack) const {
-        *reinterpret_cast<Pack<T, V>*>(static_cast<T*>(a.y) + place(i)) = pack;
+        storePack(reinterpret_cast<Pack<T, V>*>(static_cast<T*>(a.y) + place(i)), pack);
     }
     // gamma, beta and bias of one of the group's channels, from memory.
     __device__ __forceinline__ float4 parameters(uint32_t c) const {
@@ -231,43 +264,48 @@ struct Run {
         float const bias = a.bias == nullptr
             ? 0.0F
             : loadScalar<T>(a.bias, static_cast<int64_t>(sample) * a.channels + index, a.biasFloat);
-        return make_float4(loadScalar<T>(a.gamma, index, a.parameterFloat),
-            loadScalar<T>(a.beta, index, a.parameterFloat), bias, 0.0F);
+        int64_t const place = parameterRow(a, sample) + index;
+        return make_float4(loadScalar<T>(a.gamma, place, a.parameterFloat),
+            loadScalar<T>(a.beta, place, a.parameterFloat), bias, 0.0F);
     }
 };
 
-// Sums of a thread's elements about the mean of its first pack.
+// Sums of a thread's elements about the mean of its first pack. Of a pack, `biasOf(j)` is added to element j.
 template <typename T, int V>
 struct ThreadSums {
+    static constexpr int kChains = V > 1 ? 2 : 1;  // of additions, which wait for one another
     float shift{0.0F};
-    float sum{0.0F};
-    float squares{0.0F};
+    float sum[kChains]{};
+    float squares[kChains]{};
     uint32_t packs{0};
 
-    __device__ __forceinline__ void begin(Pack<T, V> const& pack, float bias) {
+    template <typename BiasOf>
+    __device__ __forceinline__ void begin(Pack<T, V> const& pack, BiasOf biasOf) {
         float value[V];
         pack.unpack(value);
         float total = 0.0F;
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-            total += value[j];
+            total += value[j] + biasOf(j);
         }
-        shift = total * (1.0F / V) + bias;
+        shift = total * (1.0F / V);
     }
-    __device__ __forceinline__ void add(Pack<T, V> const& pack, float bias) {
+    template <typename BiasOf>
+    __device__ __forceinline__ void add(Pack<T, V> const& pack, BiasOf biasOf) {
         float value[V];
         pack.unpack(value);
-        float const centre = shift - bias;
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-            float const distance = value[j] - centre;
-            sum += distance;
-            squares += distance * distance;
+            float const distance = value[j] - (shift - biasOf(j));
+            sum[j % kChains] += distance;
+            squares[j % kChains] += distance * distance;
         }
         ++packs;
     }
     __device__ __forceinline__ Moments moments() const {
-        return makeMoments(static_cast<float>(packs * V), shift, sum, squares);
+        float const sums = kChains > 1 ? sum[0] + sum[kChains - 1] : sum[0];
+        float const all = kChains > 1 ? squares[0] + squares[kChains - 1] : squares[0];
+        return makeMoments(static_cast<float>(packs * V), shift, sums, all);
     }
 };
 
@@ -286,27 +324,54 @@ __device__ __forceinline__ Moments mergeBlock(Moments const& own) {
     return mergeLanes<Exact, kWarps>(place < blockDim.x / kWarp ? warps[place] : Moments{0.0F, 0.0F, 0.0F});
 }
 
-// Merges the blocks of a cluster, each of which has arrived once before: all threads get the cluster's triple. A block
-// writes into its peers and never reads them, so none has to outlive the others.
-template <bool Exact>
-__device__ __forceinline__ Moments mergeCluster(Moments const& block, Moments* peers, uint32_t tile, uint32_t tiles) {
-    clusterWait();
-    if (threadIdx.x < tiles) {
-        storePeer(peers + tile, threadIdx.x, block);
+// Triples as blocks send them, and back; of a block that is not there, an empty one.
+__device__ __forceinline__ float4 asMessage(Moments const& m) { return make_float4(m.count, m.mean, m.m2, 0.0F); }
+
+__device__ __forceinline__ Moments messageOf(float4 const* messages, uint32_t rank, uint32_t tiles) {
+    if (rank >= tiles) {
+        return {0.0F, 0.0F, 0.0F};
     }
-    clusterArrive();
-    clusterWait();
-    uint32_t const rank = threadIdx.x % kMaxCluster;
-    return mergeLanes<Exact, kMaxCluster>(rank < tiles ? peers[rank] : Moments{0.0F, 0.0F, 0.0F});
+    float4 const message = messages[rank];
+    return {message.x, message.y, message.z};
+}
+
+// What the blocks of a cluster meet in, where each sends one triple.
+struct ClusterMemory {
+    float4* messages;
+    Mailbox* box;
+
+    __device__ __forceinline__ void open(uint32_t tiles) const {
+        openMailbox(box, tiles * static_cast<uint32_t>(sizeof(float4)));
+    }
+};
+
+// Merges the blocks of a cluster: all threads get the cluster's triple.
+template <bool Exact>
+__device__ __forceinline__ Moments mergeCluster(
+    Moments const& block, ClusterMemory const& memory, uint32_t tile, uint32_t tiles) {
+    waitForMailboxes();
+    if (threadIdx.x < tiles) {
+        send(memory.box, memory.messages + tile, threadIdx.x, asMessage(block));
+    }
+    receive(memory.box);
+    return mergeLanes<Exact, kMaxCluster>(messageOf(memory.messages, threadIdx.x % kMaxCluster, tiles));
+}
+
+// This block's number. The second of two kernels begins with what the first read last and the cache still has.
+__device__ __forceinline__ uint32_t blockOf(Stage stage) {
+    return stage == Stage::kApply ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
 }
 
 template <typename T, int V, int R, Stage S>
 __global__ void __launch_bounds__(kMaxThreads, R <= kFewPacks ? 2 : 1) runKernel(Arguments const a) {
-    CANNY2IMAGE_SHARED(Moments, peers, kMaxCluster);
+    CANNY2IMAGE_SHARED(float4, messages, kMaxCluster);
+    CANNY2IMAGE_SHARED(Mailbox, mailbox, 1);
+    ClusterMemory const meeting{messages, mailbox};
     constexpr bool kExact = sizeof(T) == 4;
     constexpr bool kParks = (S == Stage::kHeld || S == Stage::kGrid) && R == kManyPacks;
-    uint32_t const wholeUnit = divide(blockIdx.x, a.tilesDivisor);
-    uint32_t const tile = blockIdx.x - wholeUnit * a.tiles;
+    uint32_t const block = blockOf(S);
+    uint32_t const wholeUnit = divide(block, a.tilesDivisor);
+    uint32_t const tile = block - wholeUnit * a.tiles;
     uint32_t const unit = a.firstUnit + wholeUnit;
     uint32_t const lane = threadIdx.x % kWarp;
     uint32_t const step = blockDim.x;
@@ -314,30 +379,49 @@ __global__ void __launch_bounds__(kMaxThreads, R <= kFewPacks ? 2 : 1) runKernel
     uint32_t const end = lower((tile + 1) * a.chunk, a.run);
     bool const cluster = S == Stage::kHeld && a.tiles > 1;
     if (cluster) {
-        clusterArrive();  // before a block writes into its peers, they must have begun
+        meeting.open(a.tiles);
     }
     Run<T, V> const run(a, unit);
     Pack<T, V>* const parked = reinterpret_cast<Pack<T, V>*>(sharedMemory()) + threadIdx.x;  // this thread's alone
     float4* const staged = reinterpret_cast<float4*>(sharedMemory() + static_cast<size_t>(a.sharedPacks) * step * 16);
     float* const partials = a.partials + static_cast<size_t>(unit) * a.tiles * 3;
 
+    waitForPrevious();
+    letNextBegin();
+
     Pack<T, V> held[R];
     auto const loadBatch = [&](uint32_t batch) {
 #pragma unroll
         for (int k = 0; k < R; ++k) {
             if (batch + k * step < end) {
-                held[k] = run.load(batch + k * step);
+                held[k] = *run.source(batch + k * step);
+            }
+        }
+    };
+    // `action(pack's number, its place)` for what this thread holds in shared memory.
+    auto const forParked = [&](auto action) {
+#pragma unroll 4
+        for (uint32_t k = 0; k < a.sharedPacks; ++k) {
+            uint32_t const i = first + (R + k) * step;
+            if (i < end) {
+                action(i, parked + k * step);
             }
         }
     };
     auto const parametersOf = [&](uint32_t i) {
         uint32_t const c = run.channel(i);
-        return a.staged ? staged[c] : run.parameters(c);
+        return V > 1 || a.staged ? staged[c] : run.parameters(c);
     };
-    auto const biasOf = [&](uint32_t i) { return a.bias == nullptr ? 0.0F : parametersOf(i).z; };
+    auto const biasOf = [&](uint32_t i) {
+        float const bias = a.bias == nullptr ? 0.0F : parametersOf(i).z;
+        return [bias](int) { return bias; };
+    };
 
     loadBatch(first);
-    if (a.staged && (S != Stage::kPartial || a.bias != nullptr)) {
+    if constexpr (kParks) {
+        forParked([&](uint32_t i, Pack<T, V>* place) { copyAsync(place, run.source(i)); });
+    }
+    if ((V > 1 || a.staged) && (S != Stage::kPartial || a.bias != nullptr)) {
         for (uint32_t c = threadIdx.x; c < a.groupChannels; c += step) {
             staged[c] = run.parameters(c);
         }
@@ -367,23 +451,8 @@ __global__ void __launch_bounds__(kMaxThreads, R <= kFewPacks ? 2 : 1) runKernel
             }
         }
         if constexpr (kParks) {
-            for (uint32_t k = 0; k < a.sharedPacks; k += kFewPacks) {
-                Pack<T, V> some[kFewPacks];
-                uint32_t const from = first + (R + k) * step;
-#pragma unroll
-                for (int j = 0; j < kFewPacks; ++j) {
-                    if (k + j < a.sharedPacks && from + j * step < end) {
-                        some[j] = run.load(from + j * step);
-                    }
-                }
-#pragma unroll
-                for (int j = 0; j < kFewPacks; ++j) {
-                    if (k + j < a.sharedPacks && from + j * step < end) {
-                        sums.add(some[j], biasOf(from + j * step));
-                        parked[(k + j) * step] = some[j];
-                    }
-                }
-            }
+            waitForCopies();
+            forParked([&](uint32_t i, Pack<T, V> const* place) { sums.add(loadParked(place), biasOf(i)); });
         }
         all = mergeBlock<kExact>(sums.moments());
         if constexpr (S == Stage::kPartial || S == Stage::kGrid) {
@@ -397,7 +466,7 @@ __global__ void __launch_bounds__(kMaxThreads, R <= kFewPacks ? 2 : 1) runKernel
         }
     }
     if (cluster) {
-        all = mergeCluster<kExact>(all, peers, tile, a.tiles);
+        all = mergeCluster<kExact>(all, meeting, tile, a.tiles);
     } else if constexpr (S != Stage::kHeld) {
         all = mergeTiles<kExact>(partials, a.tiles, lane);
     }
@@ -406,13 +475,7 @@ __global__ void __launch_bounds__(kMaxThreads, R <= kFewPacks ? 2 : 1) runKernel
     auto const writeAll = [&](auto withSilu) {
         auto const write = [&](uint32_t i, Pack<T, V> pack) {
             Affine const by = makeAffine(all.mean, inverse, parametersOf(i));
-            float value[V];
-            pack.unpack(value);
-#pragma unroll
-            for (int j = 0; j < V; ++j) {
-                value[j] = finish<decltype(withSilu)::value>(value[j], by);
-            }
-            pack.pack(value);
+            finish<decltype(withSilu)::value>(pack, [&](int) { return by; });
             run.store(i, pack);
         };
         for (uint32_t batch = first; batch < end; batch += R * step) {
@@ -430,13 +493,7 @@ __global__ void __launch_bounds__(kMaxThreads, R <= kFewPacks ? 2 : 1) runKernel
             }
         }
         if constexpr (kParks) {
-#pragma unroll 2
-            for (uint32_t k = 0; k < a.sharedPacks; ++k) {
-                uint32_t const i = first + (R + k) * step;
-                if (i < end) {
-                    write(i, parked[k * step]);
-                }
-            }
+            forParked([&](uint32_t i, Pack<T, V> const* place) { write(i, loadParked(place)); });
         }
     };
     if (a.silu) {
@@ -453,7 +510,9 @@ __global__ void __launch_bounds__(kMaxThreads, R <= kFewPacks ? 2 : 1) runKernel
 
 template <typename T, int V, int R>
 __global__ void __launch_bounds__(kMaxThreads, R < kManyPacks ? 2 : 1) sliceKernel(Arguments const a) {
-    CANNY2IMAGE_SHARED(Moments, peers, kMaxCluster);
+    CANNY2IMAGE_SHARED(float4, messages, kMaxCluster);
+    CANNY2IMAGE_SHARED(Mailbox, mailbox, 1);
+    ClusterMemory const meeting{messages, mailbox};
     constexpr bool kExact = sizeof(T) == 4;
     using P = Pack<T, V>;
     uint32_t const unit = divide(blockIdx.x, a.tilesDivisor);
@@ -469,12 +528,14 @@ __global__ void __launch_bounds__(kMaxThreads, R < kManyPacks ? 2 : 1) sliceKern
     // Threads past the last row have no pixels; they still meet every barrier.
     uint32_t const first = row < rows ? begin + row : end;
     if (a.tiles > 1) {
-        clusterArrive();  // before a block writes into its peers, they must have begun
+        meeting.open(a.tiles);
     }
     int64_t const place = sample * a.sampleStride + static_cast<int64_t>(first) * a.pixelStride + channel;
     int64_t const step = static_cast<int64_t>(rows) * a.pixelStride;
     T const* const x = static_cast<T const*>(a.x) + place;
     T* const y = static_cast<T*>(a.y) + place;
+    waitForPrevious();
+    letNextBegin();
 
     P held[R];
 #pragma unroll
@@ -486,41 +547,27 @@ __global__ void __launch_bounds__(kMaxThreads, R < kManyPacks ? 2 : 1) sliceKern
     float gamma[V];
     float beta[V];
     float bias[V] = {};
-    loadParameters<T>(a.gamma, channel, a.parameterFloat, a.parameterAligned, gamma);
-    loadParameters<T>(a.beta, channel, a.parameterFloat, a.parameterAligned, beta);
+    int64_t const parameter = parameterRow(a, sample) + channel;
+    loadParameters<T>(a.gamma, parameter, a.parameterFloat, a.parameterAligned, gamma);
+    loadParameters<T>(a.beta, parameter, a.parameterFloat, a.parameterAligned, beta);
     if (a.bias != nullptr) {
         loadParameters<T>(a.bias, static_cast<int64_t>(sample) * a.channels + channel, a.biasFloat, a.biasAligned, bias);
     }
 
-    float shift = 0.0F;
-    float sum = 0.0F;
-    float squares = 0.0F;
-    uint32_t packs = 0;
-    float value[V];
+    ThreadSums<T, V> sums;
+    auto const biasOf = [&](int j) { return bias[j]; };
 #pragma unroll
     for (int k = 0; k < R; ++k) {
         if (first + k * rows < end) {
-            held[k].unpack(value);
             if (k == 0) {
-                float total = 0.0F;
-#pragma unroll
-                for (int j = 0; j < V; ++j) {
-                    total += value[j] + bias[j];
-                }
-                shift = total * (1.0F / V);
+                sums.begin(held[k], biasOf);
             }
-#pragma unroll
-            for (int j = 0; j < V; ++j) {
-                float const distance = value[j] - (shift - bias[j]);
-                sum += distance;
-                squares += distance * distance;
-            }
-            ++packs;
+            sums.add(held[k], biasOf);
         }
     }
-    Moments all = mergeBlock<kExact>(makeMoments(static_cast<float>(packs * V), shift, sum, squares));
+    Moments all = mergeBlock<kExact>(sums.moments());
     if (a.tiles > 1) {
-        all = mergeCluster<kExact>(all, peers, tile, a.tiles);
+        all = mergeCluster<kExact>(all, meeting, tile, a.tiles);
     }
     float const inverse = deviationInverse(all, a.epsilon);
 
@@ -533,13 +580,8 @@ __global__ void __launch_bounds__(kMaxThreads, R < kManyPacks ? 2 : 1) sliceKern
 #pragma unroll
         for (int k = 0; k < R; ++k) {
             if (first + k * rows < end) {
-                held[k].unpack(value);
-#pragma unroll
-                for (int j = 0; j < V; ++j) {
-                    value[j] = finish<decltype(withSilu)::value>(value[j], by[j]);
-                }
-                held[k].pack(value);
-                *reinterpret_cast<P*>(y + k * step) = held[k];
+                finish<decltype(withSilu)::value>(held[k], [&](int j) { return by[j]; });
+                storePack(reinterpret_cast<P*>(y + k * step), held[k]);
             }
         }
     };
@@ -594,13 +636,13 @@ struct RowPixels {
 // Where the dynamic shared memory of a columns block lies: parked packs, then these.
 struct ColumnMemory {
     float4* parameters;  // gamma, beta and bias of each channel; at last what makes an `Affine`
-    Moments* groups;     // [group][block of the cluster]
+    float4* groups;      // moments of [group][block of the cluster]
     float* mean;         // of items [row][item of the row]
     float* m2;           // the same
 
     __device__ __forceinline__ ColumnMemory(Arguments const& a, uint32_t itemsPerRow, uint32_t groupCount) {
         parameters = reinterpret_cast<float4*>(sharedMemory() + static_cast<size_t>(a.sharedPacks) * blockDim.x * 16);
-        groups = reinterpret_cast<Moments*>(parameters + a.bundleChannels);
+        groups = parameters + a.bundleChannels;
         mean = reinterpret_cast<float*>(groups + groupCount * kMaxCluster);
         m2 = mean + static_cast<size_t>(a.rowsDivisor.divisor) * itemsPerRow;
     }
@@ -689,12 +731,14 @@ __device__ __forceinline__ void storeAffine(
 
 template <typename T, int R, Stage S>
 __global__ void __launch_bounds__(kMaxThreads, 1) columnsKernel(Arguments const a) {
+    CANNY2IMAGE_SHARED(Mailbox, mailbox, 1);
     constexpr int V = kVector<T>;
     constexpr bool kExact = sizeof(T) == 4;
     constexpr bool kParks = (S == Stage::kHeld || S == Stage::kGrid) && R == kManyPacks;
     using P = Pack<T, V>;
-    uint32_t const wholeUnit = divide(blockIdx.x, a.tilesDivisor);
-    uint32_t const tile = blockIdx.x - wholeUnit * a.tiles;
+    uint32_t const block = blockOf(S);
+    uint32_t const wholeUnit = divide(block, a.tilesDivisor);
+    uint32_t const tile = block - wholeUnit * a.tiles;
     uint32_t const unit = a.firstUnit + wholeUnit;
     uint32_t const sample = divide(unit, a.unitsDivisor);
     uint32_t const columns = a.columnsDivisor.divisor;
@@ -707,41 +751,57 @@ __global__ void __launch_bounds__(kMaxThreads, 1) columnsKernel(Arguments const 
     uint32_t const end = lower((tile + 1) * a.chunk, a.pixels);
     // Threads past the last row have no pixels; they still meet every barrier.
     uint32_t const first = row < rows ? begin + row : end;
+    uint32_t const itemsPerRow = columns * (V / a.itemWidth);
+    uint32_t const groupCount = divide(itemsPerRow, a.itemDivisor);
     bool const cluster = S == Stage::kHeld && a.tiles > 1;
     if (cluster) {
-        clusterArrive();  // before a block writes into its peers, they must have begun
+        openMailbox(mailbox, groupCount * a.tiles * static_cast<uint32_t>(sizeof(float4)));
     }
     T const* const x = static_cast<T const*>(a.x) + sample * a.sampleStride + channel;
     T* const y = static_cast<T*>(a.y) + sample * a.sampleStride + channel;
-    auto const load = [&](uint32_t pixel) { 
-        return *reinterpret_cast<P const*>(x + static_cast<int64_t>(pixel) * a.pixelStride);
+    auto const source = [&](uint32_t pixel) {
+        return reinterpret_cast<P const*>(x + static_cast<int64_t>(pixel) * a.pixelStride);
     };
+    P* const parked = reinterpret_cast<P*>(sharedMemory()) + threadIdx.x;  // this thread's alone
+    // `action(pixel, its pack's place)` for what this thread holds in shared memory.
+    auto const forParked = [&](auto action) {
+#pragma unroll 4
+        for (uint32_t k = 0; k < a.sharedPacks; ++k) {
+            uint32_t const pixel = first + (R + k) * rows;
+            if (pixel < end) {
+                action(pixel, parked + k * blockDim.x);
+            }
+        }
+    };
+    waitForPrevious();
+    letNextBegin();
 
     P held[R];
     auto const loadBatch = [&](uint32_t batch) {
 #pragma unroll
         for (int k = 0; k < R; ++k) {
             if (batch + k * rows < end) {
-                held[k] = load(batch + k * rows);
+                held[k] = *source(batch + k * rows);
             }
         }
     };
     loadBatch(first);
+    if constexpr (kParks) {
+        forParked([&](uint32_t pixel, P* place) { copyAsync(place, source(pixel)); });
+    }
 
     uint32_t const warp = threadIdx.x / kWarp;
     uint32_t const lane = threadIdx.x % kWarp;
     uint32_t const warps = blockDim.x / kWarp;
-    uint32_t const itemsPerRow = columns * (V / a.itemWidth);
-    uint32_t const groupCount = divide(itemsPerRow, a.itemDivisor);
-    P* const parked = reinterpret_cast<P*>(sharedMemory()) + threadIdx.x;  // this thread's alone
     ColumnMemory const memory(a, itemsPerRow, groupCount);
     float* const partials = a.partials + static_cast<size_t>(unit) * groupCount * a.tiles * 3;
     int64_t const biasRow = static_cast<int64_t>(sample) * a.channels;
     if constexpr (S != Stage::kPartial) {
+        int64_t const parameters = parameterRow(a, sample);
         for (uint32_t c = threadIdx.x; c < a.bundleChannels; c += blockDim.x) {
             float const bias = a.bias == nullptr ? 0.0F : loadScalar<T>(a.bias, biasRow + base + c, a.biasFloat);
-            memory.parameters[c] = make_float4(loadScalar<T>(a.gamma, base + c, a.parameterFloat),
-                loadScalar<T>(a.beta, base + c, a.parameterFloat), bias, 0.0F);
+            memory.parameters[c] = make_float4(loadScalar<T>(a.gamma, parameters + base + c, a.parameterFloat),
+                loadScalar<T>(a.beta, parameters + base + c, a.parameterFloat), bias, 0.0F);
         }
     }
 
@@ -772,23 +832,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) columnsKernel(Arguments const 
             }
         }
         if constexpr (kParks) {
-            for (uint32_t k = 0; k < a.sharedPacks; k += kFewPacks) {
-                P some[kFewPacks];
-                uint32_t const from = first + (R + k) * rows;
-#pragma unroll
-                for (int j = 0; j < kFewPacks; ++j) {
-                    if (k + j < a.sharedPacks && from + j * rows < end) {
-                        some[j] = load(from + j * rows);
-                    }
-                }
-#pragma unroll
-                for (int j = 0; j < kFewPacks; ++j) {
-                    if (k + j < a.sharedPacks && from + j * rows < end) {
-                        sums.add(some[j]);
-                        parked[(k + j) * blockDim.x] = some[j];
-                    }
-                }
-            }
+            waitForCopies();
+            forParked([&](uint32_t, P const* place) { sums.add(loadParked(place)); });
         }
         if constexpr (S == Stage::kPartial) {
             loadBias();
@@ -800,7 +845,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) columnsKernel(Arguments const 
     blockSync();
 
     if (cluster) {
-        clusterWait();
+        waitForMailboxes();
     }
     if constexpr (S != Stage::kApply) {
         RowPixels const pixels(end - begin, a.rowsDivisor);
@@ -813,7 +858,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) columnsKernel(Arguments const 
             } else if (!cluster) {
                 storeAffine(a, memory, g, m, lane);
             } else if (lane < a.tiles) {
-                storePeer(memory.groups + g * kMaxCluster + tile, lane, m);
+                send(mailbox, memory.groups + g * kMaxCluster + tile, lane, asMessage(m));
             }
         }
         if constexpr (S == Stage::kPartial) {
@@ -830,11 +875,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1) columnsKernel(Arguments const 
         }
     }
     if (cluster) {
-        clusterArrive();
-        clusterWait();
-        uint32_t const rank = lane % kMaxCluster;
+        receive(mailbox);
         for (uint32_t g = warp; g < groupCount; g += warps) {
-            Moments const own = rank < a.tiles ? memory.groups[g * kMaxCluster + rank] : Moments{0.0F, 0.0F, 0.0F};
+            Moments const own = messageOf(memory.groups + g * kMaxCluster, lane % kMaxCluster, a.tiles);
             storeAffine(a, memory, g, mergeLanes<kExact, kMaxCluster>(own), lane);
         }
     }
@@ -850,14 +893,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) columnsKernel(Arguments const 
     }
     auto const writeAll = [&](auto withSilu) {
         auto const write = [&](uint32_t pixel, P pack) {
-            float value[V];
-            pack.unpack(value);
-#pragma unroll
-            for (int j = 0; j < V; ++j) {
-                value[j] = finish<decltype(withSilu)::value>(value[j], by[j]);
-            }
-            pack.pack(value);
-            *reinterpret_cast<P*>(y + static_cast<int64_t>(pixel) * a.pixelStride) = pack;
+            finish<decltype(withSilu)::value>(pack, [&](int j) { return by[j]; });
+            storePack(reinterpret_cast<P*>(y + static_cast<int64_t>(pixel) * a.pixelStride), pack);
         };
         for (uint32_t batch = first; batch < end; batch += R * rows) {
             if (S == Stage::kApply && batch != first) {
@@ -874,13 +911,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) columnsKernel(Arguments const 
             }
         }
         if constexpr (kParks) {
-#pragma unroll 2
-            for (uint32_t k = 0; k < a.sharedPacks; ++k) {
-                uint32_t const pixel = first + (R + k) * rows;
-                if (pixel < end) {
-                    write(pixel, parked[k * blockDim.x]);
-                }
-            }
+            forParked([&](uint32_t pixel, P const* place) { write(pixel, loadParked(place)); });
         }
     };
     if (a.silu) {
@@ -987,6 +1018,14 @@ cudaError_t readFacts(int device, DeviceFacts& facts) noexcept {
     }
     facts.cooperative = cooperative != 0;
     facts.clusters = major >= 9 && code.ptxVersion >= 90;
+    int driver = 0;
+    if (error == cudaSuccess) {
+        error = cudaDriverGetVersion(&driver);
+    }
+    // In a captured graph it takes a runtime and a driver of CUDA 12.3.
+    char const* const asked = std::getenv(kOverlapVariable);
+    bool const refused = asked != nullptr && std::strcmp(asked, "0") == 0;
+    facts.overlap = facts.clusters && CUDART_VERSION >= 12030 && driver >= 12030 && !refused;
     return error;
 }
 
@@ -1009,12 +1048,14 @@ Arguments makeArguments(GroupNormParams const& p, Plan const& plan, void* worksp
     a.tiles = static_cast<uint32_t>(plan.tiles);
     a.tilesDivisor = makeDivisor(a.tiles);
     a.unitsDivisor = makeDivisor(static_cast<uint32_t>(plan.units / p.batch));
+    a.parameterDivisor = makeDivisor(static_cast<uint32_t>(p.batch / p.parameterRows));
     a.chunk = static_cast<uint32_t>(plan.chunk);
     a.sharedPacks = static_cast<uint32_t>(plan.sharedPacks);
     a.epsilon = p.epsilon;
     a.silu = p.activation == Activation::kSiLU;
     a.parameterFloat = p.parameterType == DataType::kFloat;
     a.biasFloat = p.biasType == DataType::kFloat;
+    // Of several rows: only slices read them so, and theirs are a whole number of packs long.
     a.parameterAligned = aligned(p.gamma) && aligned(p.beta);
     a.biasAligned = aligned(p.channelBias);
     if (plan.shape == Shape::kRun) {
@@ -1042,23 +1083,28 @@ cudaError_t launchStage(
             return error;
         }
     }
-    cudaLaunchAttribute attribute{};
+    cudaLaunchAttribute attributes[2]{};
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(units * plan.tiles));
     config.blockDim = dim3(static_cast<unsigned>(plan.threads));
     config.dynamicSmemBytes = static_cast<size_t>(plan.sharedBytes);
     config.stream = stream;
-    config.attrs = &attribute;
+    config.attrs = attributes;
+    auto const add = [&](cudaLaunchAttributeID id) -> cudaLaunchAttributeValue& {
+        cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+        attribute.id = id;
+        return attribute.val;
+    };
     if (stage == Stage::kGrid) {
-        attribute.id = cudaLaunchAttributeCooperative;
-        attribute.val.cooperative = 1;
-        config.numAttrs = 1;
+        add(cudaLaunchAttributeCooperative).cooperative = 1;
     } else if (stage == Stage::kHeld && plan.tiles > 1) {
-        attribute.id = cudaLaunchAttributeClusterDimension;
-        attribute.val.clusterDim.x = static_cast<unsigned>(plan.tiles);
-        attribute.val.clusterDim.y = 1;
-        attribute.val.clusterDim.z = 1;
-        config.numAttrs = 1;
+        cudaLaunchAttributeValue& value = add(cudaLaunchAttributeClusterDimension);
+        value.clusterDim.x = static_cast<unsigned>(plan.tiles);
+        value.clusterDim.y = 1;
+        value.clusterDim.z = 1;
+    }
+    if (plan.overlap) {
+        add(cudaLaunchAttributeProgrammaticStreamSerialization).programmaticStreamSerializationAllowed = 1;
     }
     void* pointers[] = {&arguments};
     return cudaLaunchKernelExC(&config, function, pointers);
@@ -1149,6 +1195,9 @@ char const* checkGroupNorm(GroupNormParams const& p) noexcept {
     }
     if (p.parameterType != DataType::kFloat && p.parameterType != p.dataType) {
         return "gamma and beta must be FP32 or of the data's type";
+    }
+    if (p.parameterRows < 1 || (p.batch > 0 && p.batch % p.parameterRows != 0)) {
+        return "the rows of gamma and beta do not divide the batch";
     }
     if (p.biasType != DataType::kFloat && p.biasType != p.dataType) {
         return "channelBias must be FP32 or of the data's type";

@@ -25,7 +25,7 @@ constexpr int manyPacks(int vector, int size) noexcept {
 constexpr int kMaxTiles = 256;     // partial moments of one group
 constexpr int64_t kMaxPartials = 16384;  // partial moments of one call, where its groups are fewer
 constexpr int64_t kSmallGroup = 2048;    // elements of a group that one block holds on every device
-constexpr int kStagedChannels = 1024;  // channels a group whose gamma, beta and bias are staged in shared memory
+constexpr int kStagedChannels = 1024;  // channels a group whose gamma, beta and bias runs stage in shared memory
 
 // Division of numbers below 2^31 by one fixed number, as a multiplication.
 struct Divisor {
@@ -63,12 +63,15 @@ enum class Shape : int32_t {
     kSlices,   // NHWC: some pixels by the channels of one group, in accesses of 16 bytes or fewer
 };
 
+constexpr char kOverlapVariable[] = "CANNY2IMAGE_GROUP_NORM_OVERLAP";
+
 // What the device offers.
 struct DeviceFacts {
     int32_t processors{132};
     int32_t sharedPerBlock{49152};  // the most that a kernel may ask for
     bool clusters{false};
     bool cooperative{false};
+    bool overlap{false};  // a launch may begin before the one ahead of it has ended
 };
 
 struct Plan {
@@ -87,6 +90,7 @@ struct Plan {
     int32_t rows{0};            // else: pixels that the block takes at once
     int32_t itemWidth{0};       // else: neighbouring channels of a pack that share a group whatever the pack
     int64_t sharedBytes{0};
+    bool overlap{false};        // its launches begin while the one ahead of each ends; not of kGrid
     double cost{0};             // estimated microseconds, to choose by
 };
 
@@ -98,7 +102,7 @@ inline int64_t roundUp(int64_t a, int64_t b) noexcept { return ceilDiv(a, b) * b
 inline int64_t elementSize(DataType type) noexcept { return type == DataType::kFloat ? 4 : 2; }
 
 // The estimates behind the choices, in microseconds: fitted to the times of every plan for the norms of sd15 in FP16 on
-// one H200 (`kernel_check --plans`), where the plans chosen take 3 % longer than the best of all in the mean. They rank
+// one H200 (`kernel_check --plans`, `tools/fit_group_norm_plan.py`), where the plans chosen take 3 % longer than the best of all in the mean. They rank
 // plans, no more. Where blocks are more than fit at once, they come in waves.
 struct HeldCost {
     double start;
@@ -167,10 +171,9 @@ struct Load {
 
 inline Load loadOf(Plan const& plan, int64_t steps, Sizes const& sizes, DeviceFacts const& facts) noexcept {
     bool const many = plan.packs > fewPacks(plan.vector, static_cast<int>(sizes.element));
-    int64_t const registers = many ? (plan.shape == Shape::kColumns ? 128 : 112)  // of the FP16 kernels
-        : plan.shape == Shape::kRun ? 48
-        : plan.shape == Shape::kColumns ? 72
-                                        : 56;
+    int64_t const registers = plan.shape == Shape::kRun ? (many ? 96 : 48)  // of the FP16 kernels
+        : plan.shape == Shape::kColumns ? (many ? 120 : 72)
+                                        : (many ? 104 : 56);
     int64_t const byRegisters = 65536 / (registers * plan.threads);
     int64_t const byShared = facts.sharedPerBlock / (plan.sharedBytes + 2048);
     int64_t const resident = smaller(smaller(byRegisters < 1 ? 1 : byRegisters, byShared < 1 ? 1 : byShared), 32);
@@ -316,7 +319,7 @@ inline int64_t cutColumns(Plan& plan, int64_t pixels, int64_t tiles, int64_t thr
 // Shared memory for each channel's parameters and results, each group's moments of a whole cluster, and the items.
 inline int64_t columnsShared(Plan const& plan, int64_t groupChannels) noexcept {
     int64_t const items = static_cast<int64_t>(plan.rows) * plan.columns * (plan.vector / plan.itemWidth);
-    return plan.bundleChannels * 16 + plan.bundleChannels / groupChannels * kMaxCluster * 12 + items * 8;
+    return plan.bundleChannels * 16 + plan.bundleChannels / groupChannels * kMaxCluster * 16 + items * 8;
 }
 
 template <typename Consider>
@@ -434,16 +437,18 @@ void considerPlans(GroupNormParams const& params, bool vectorised, DeviceFacts c
     DeviceFacts offered = facts;
     offered.cooperative = facts.cooperative && !held;
     bool found = false;
-    auto allowed = [&](Plan const& plan) {
+    auto allowed = [&](Plan plan) {
         if (!held || plan.stage == Stage::kHeld) {
             found = true;
-            consider(plan);
+            plan.overlap = facts.overlap && plan.stage != Stage::kGrid;
+            consider(static_cast<Plan const&>(plan));
         }
     };
     if (params.layout == Layout::kNHWC && vectorised && params.channels % vector == 0) {
         considerColumns(params, vector, sizes, offered, allowed);
         considerSlices(params, sizes, offered, allowed);
-    } else if (params.layout == Layout::kNCHW && vectorised && params.pixels % vector == 0) {
+    } else if (params.layout == Layout::kNCHW && vectorised && params.pixels % vector == 0 &&
+        sizes.groupChannels <= kStagedChannels) {
         considerRuns(params, vector, sizes, offered, allowed);
     }
     if (!found) {

@@ -15,6 +15,23 @@ __device__ __forceinline__ float silu(float x) {
     return x * reciprocalFast(1.0F + exp2Fast(-kLog2E * x));
 }
 
+// The same of two values, for results of the half types: three uses of the unit for special functions, which is what
+// large maps wait for, in place of four. One reciprocal of the product serves both, as 1 / a is b * (1 / (a * b)). For
+// the product to stay finite exponentials end at 2^60, and a value below -40 counts as -40, whose result, -2e-16, is
+// zero to within any rounding of what it was made from; so is that of minus infinity, which only an infinite gamma or
+// beta gives. A NaN stays with its own value. The steps add at most four roundings of FP32, below 2^-22, to the 2^-11
+// or 2^-8 of the result's own.
+__device__ __forceinline__ void siluPair(float& x, float& y) {
+    constexpr float kLog2E = 1.4426950408889634F;
+    constexpr float kLeast = -40.0F;
+    constexpr float kMost = 60.0F;  // above 40 * kLog2E
+    float const a = 1.0F + exp2Fast(atMost(-kLog2E * x, kMost));
+    float const b = 1.0F + exp2Fast(atMost(-kLog2E * y, kMost));
+    float const inverse = reciprocalFast(a * b);
+    x = atLeast(x, kLeast) * (inverse * b);
+    y = atLeast(y, kLeast) * (inverse * a);
+}
+
 __device__ __forceinline__ float toFloat(float x) { return x; }
 __device__ __forceinline__ float toFloat(__half x) { return __half2float(x); }
 __device__ __forceinline__ float toFloat(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -84,6 +101,23 @@ struct Pack<T, 1> {
     __device__ __forceinline__ void unpack(float (&value)[1]) const { value[0] = toFloat(bits); }
     __device__ __forceinline__ void pack(float const (&value)[1]) { bits = fromFloat<T>(value[0]); }
 };
+
+template <typename T, int V>
+__device__ __forceinline__ void storePack(Pack<T, V>* global, Pack<T, V> const& pack) {
+    if constexpr (V > 1) {
+        storeWords(global, pack.words);
+    } else {
+        *global = pack;
+    }
+}
+
+// From shared memory, 16 bytes.
+template <typename T, int V>
+__device__ __forceinline__ Pack<T, V> loadParked(Pack<T, V> const* shared) {
+    Pack<T, V> pack;
+    loadSharedWords(shared, pack.words);
+    return pack;
+}
 
 // Elements of 16 bytes.
 template <typename T>

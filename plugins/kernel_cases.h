@@ -110,6 +110,7 @@ struct Case {
     Kind kind{Kind::kNormal};
     bool hasBias{false};
     double biasMean{0.0};
+    double gain{1.0};  // of gamma: a large one brings results far from zero
     int shift{0};           // elements by which x and y are off their alignment
     int parameterShift{0};  // the same of gamma, beta and bias
 };
@@ -117,6 +118,9 @@ struct Case {
 inline size_t elementsOf(GroupNormParams const& p) {
     return static_cast<size_t>(p.batch * p.pixels * (p.layout == Layout::kNHWC ? p.pixelStride : p.channels));
 }
+
+// Of gamma, and of beta.
+inline size_t parametersOf(GroupNormParams const& p) { return static_cast<size_t>(p.parameterRows * p.channels); }
 
 inline size_t placeOf(GroupNormParams const& p, int64_t n, int64_t c, int64_t pixel) {
     int64_t const nhwc = (n * p.pixels + pixel) * p.pixelStride + c;
@@ -171,6 +175,7 @@ inline Expected compute(Case const& c, Bytes const& x, Bytes const& gamma, Bytes
     int64_t const wide = p.channels / p.groups;
     double const count = static_cast<double>(wide) * static_cast<double>(p.pixels);
     for (int64_t n = 0; n < p.batch; ++n) {
+        int64_t const row = n * p.parameterRows / p.batch;  // of gamma and beta
         for (int64_t c0 = 0; c0 < p.channels; c0 += wide) {
             auto const each = [&](auto action) {
                 for (int64_t k = c0; k < c0 + wide; ++k) {
@@ -194,8 +199,8 @@ inline Expected compute(Case const& c, Bytes const& x, Bytes const& gamma, Bytes
             // Where all values of x are equal and nothing is added, the FP32 mean is exact.
             double const moved = c.kind == Kind::kConstant && !c.hasBias ? 0.0 : largest * inverse;
             each([&](int64_t k, size_t place, double v) {
-                double const scale = read(gamma.data(), p.parameterType, k);
-                double const shift = read(beta.data(), p.parameterType, k);
+                double const scale = read(gamma.data(), p.parameterType, row * p.channels + k);
+                double const shift = read(beta.data(), p.parameterType, row * p.channels + k);
                 double const y = (v - mean) * inverse * scale + shift;
                 double const fp32 = 0x1p-22 * (std::fabs(scale) * (moved + 16.0 * std::fabs(v - mean) * inverse) +
                                         8.0 * std::fabs(shift) + 1.0);
@@ -225,12 +230,14 @@ inline double compare(Expected const& expected, unsigned char const* got, DataTy
 inline std::string nameCase(Case const& c) {
     GroupNormParams const& p = c.params;
     char text[256];
-    std::snprintf(text, sizeof(text), "%lld x %lld x %lld /%d stride %lld %s %s par %s%s%s%s eps %g shift %d, %d %s",
+    std::snprintf(text, sizeof(text),
+        "%lld x %lld x %lld /%d stride %lld %s %s par %lld %s%s%s%s%s eps %g shift %d, %d %s",
         static_cast<long long>(p.batch), static_cast<long long>(p.channels), static_cast<long long>(p.pixels), p.groups,
         static_cast<long long>(p.pixelStride), p.layout == Layout::kNHWC ? "NHWC" : "NCHW", nameOf(p.dataType),
-        nameOf(p.parameterType), c.hasBias ? " bias" : "", c.hasBias && c.biasMean > 0.0 ? " of 1000" : "",
-        p.activation == Activation::kSiLU ? " silu" : "", static_cast<double>(p.epsilon), c.shift, c.parameterShift,
-        kKindNames[static_cast<int>(c.kind)]);
+        static_cast<long long>(p.parameterRows), nameOf(p.parameterType), c.hasBias ? " bias" : "",
+        c.hasBias && c.biasMean > 0.0 ? " of 1000" : "",
+        p.activation == Activation::kSiLU ? " silu" : "", c.gain > 1.0 ? " gain" : "",
+        static_cast<double>(p.epsilon), c.shift, c.parameterShift, kKindNames[static_cast<int>(c.kind)]);
     return text;
 }
 
@@ -250,8 +257,8 @@ class CaseRun {
 public:
     CaseRun(Case const& c, Random& random)
         : mParams(c.params), mParameterShift(c.parameterShift), mX(makeInput(c, random)),
-          mGamma(makeValues(c.params.parameterType, c.params.channels, 1.0, 0.3, random)),
-          mBeta(makeValues(c.params.parameterType, c.params.channels, 0.0, 0.3, random)),
+          mGamma(makeValues(c.params.parameterType, parametersOf(c.params), c.gain, 0.3 * c.gain, random)),
+          mBeta(makeValues(c.params.parameterType, parametersOf(c.params), 0.0, 0.3, random)),
           mBias(makeValues(c.params.biasType, c.params.batch * c.params.channels, c.biasMean, 1.0, random)),
           mOffset(kGuard + c.shift * sizeOf(c.params.dataType)), mXDevice(mX.size() + 2 * kGuard),
           mYDevice(mX.size() + 2 * kGuard), mGammaDevice(mGamma.size() + kGuard), mBetaDevice(mBeta.size() + kGuard),
@@ -308,10 +315,37 @@ public:
         if (finish(stream, mXDevice) != first) {
             return "other bits in place";
         }
+        bool const overlaps = plan != nullptr && plan->overlap;
+        if (overlaps && thereAndBack(stream, launch, params, true) != thereAndBack(stream, launch, params, false)) {
+            return "other bits where one launch reads what the one ahead wrote";
+        }
         return "";
     }
 
 private:
+    // The second of two launches of `params`: from x to y, and from there back to x. In a graph, or with waits between.
+    template <typename Launch>
+    Bytes thereAndBack(cudaStream_t stream, Launch launch, GroupNormParams& params, bool inGraph) const {
+        auto const both = [&](cudaStream_t on) {
+            params.x = mXDevice.data() + mOffset;
+            params.y = mYDevice.data() + mOffset;
+            launch(on);
+            if (!inGraph) {
+                check(cudaStreamSynchronize(on), "kernel");
+            }
+            params.x = mYDevice.data() + mOffset;
+            params.y = mXDevice.data() + mOffset;
+            launch(on);
+        };
+        reset();
+        if (!inGraph) {
+            both(stream);
+            return finish(stream, mXDevice);
+        }
+        Graph const graph(stream, both);
+        graph.launch(stream);
+        return finish(stream, mXDevice);
+    }
     void reset() const {
         mXDevice.fill(kPoison);
         mYDevice.fill(kPoison);
@@ -364,9 +398,10 @@ inline Case randomCase(Random& random, int64_t elements) {
     Case c;
     GroupNormParams& p = c.params;
     auto const oneIn = [&](int count) { return random() % static_cast<unsigned>(count) == 0; };
-    int64_t const wide = pick<int64_t>(random, {1, 2, 3, 4, 5, 7, 8, 10, 16, 20, 30, 33, 40, 60, 80});
+    int64_t const wide = pick<int64_t>(random, {1, 2, 3, 4, 5, 7, 8, 10, 16, 20, 30, 33, 40, 60, 80, 1030});
     p.groups = pick<int32_t>(random, {1, 2, 3, 4, 8, 32});
-    p.batch = pick<int64_t>(random, {1, 2, 3});
+    p.batch = pick<int64_t>(random, {1, 2, 3, 4});
+    p.parameterRows = pick<int64_t>(random, {1, p.batch % 2 == 0 ? 2 : 1, p.batch});
     p.channels = wide * p.groups;
     p.pixels = pick<int64_t>(random, {1, 2, 7, 24, 25, 63, 96, 100, 384, 1000, 1536, 4097, 6144, 24576, 98304});
     while (p.batch * p.channels * p.pixels > elements && p.pixels > 1) {
@@ -384,6 +419,7 @@ inline Case randomCase(Random& random, int64_t elements) {
     }
     c.hasBias = oneIn(2);
     c.biasMean = oneIn(4) ? 1000.0 : 0.0;
+    c.gain = oneIn(4) ? 100.0 : 1.0;
     c.shift = oneIn(6) ? 1 + static_cast<int>(random() % 3) : 0;
     c.parameterShift = oneIn(6) ? 1 : 0;
     c.kind = oneIn(2) ? Kind::kNormal : static_cast<Kind>(random() % 8);
@@ -415,6 +451,25 @@ inline GroupNormParams sd15Params(Shape3 const& shape, Layout layout) {
     return p;
 }
 
+// The table of plans and their times that tools/fit_group_norm_plan.py reads: its first line, and one for each plan.
+inline void writePlanColumns(std::FILE* file) {
+    std::fprintf(file,
+        "batch,channels,pixels,layout,cache,shape,vector,stage,bundle,tiles,threads,packs,shared_packs,units,"
+        "units_per_launch,chunk,rows,shared_bytes,overlap,processors,shared_limit,estimate_us,median_us,least_us\n");
+}
+
+inline void writePlan(std::FILE* file, GroupNormParams const& params, bool cold, Plan const& plan,
+    DeviceFacts const& facts, double median, double least) {
+    std::fprintf(file, "%lld,%lld,%lld,%s,%s,%d,%d,%d,%d,%d,%d,%d,%d,%lld,%lld,%lld,%d,%lld,%d,%d,%d,%.3f,%.3f,%.3f\n",
+        static_cast<long long>(params.batch), static_cast<long long>(params.channels),
+        static_cast<long long>(params.pixels), params.layout == Layout::kNHWC ? "NHWC" : "NCHW", cold ? "cold" : "warm",
+        static_cast<int>(plan.shape), plan.vector, static_cast<int>(plan.stage), plan.bundleChannels, plan.tiles,
+        plan.threads, plan.packs, plan.sharedPacks, static_cast<long long>(plan.units),
+        static_cast<long long>(plan.unitsPerLaunch), static_cast<long long>(plan.chunk), plan.rows,
+        static_cast<long long>(plan.sharedBytes), plan.overlap ? 1 : 0, facts.processors, facts.sharedPerBlock,
+        plan.cost, median, least);
+}
+
 // Calls that must be refused, and that refuse without harm to the next.
 inline int checkRefusals(cudaStream_t stream) {
     GroupNormParams good = sd15Params({2, 320, 1536}, Layout::kNHWC);
@@ -440,6 +495,17 @@ inline int checkRefusals(cudaStream_t stream) {
     bad = good;
     bad.biasType = DataType::kBFloat16;
     refused("a bias of a third type", bad, workspace.size());
+    bad = good;
+    bad.batch = 3;
+    bad.pixels = good.pixels / 3;
+    bad.parameterRows = 2;
+    refused("rows of gamma and beta that do not divide the batch", bad, workspace.size());
+    bad.parameterRows = 6;
+    refused("more rows of gamma and beta than samples", bad, workspace.size());
+    for (int64_t rows : {0, -1}) {
+        bad.parameterRows = rows;
+        refused("no rows of gamma and beta", bad, workspace.size());
+    }
     if (workspace.size() > 0) {
         refused("a small workspace", good, workspace.size() - 1);
     }

@@ -5,7 +5,8 @@
 //
 // Exit status 0 where all is well, 1 where a check fails, 2 where CUDA does. For compute-sanitizer use few cases and
 // --no-timing. --plans times every plan that could run each norm of sd15, not the one taken only, and writes them
-// to a file of comma-separated values: what the estimates of group_norm_plan.h are fitted to.
+// to a file of comma-separated values, to which tools/fit_group_norm_plan.py fits the estimates of
+// group_norm_plan.h. Plans whose launches overlap are timed both ways.
 #include "group_norm.h"
 #include "group_norm_plan.h"
 #include "kernel_cases.h"
@@ -113,7 +114,7 @@ struct Bench {
     Bench(GroupNormParams const& norm, bool cold, cudaDeviceProp const& device, size_t fewestCalls)
         : params(norm), size(elementsOf(norm) * sizeOf(norm.dataType)),
           buffers(size, cold, static_cast<size_t>(device.l2CacheSize)),
-          parameters(static_cast<size_t>(norm.channels) * sizeOf(norm.parameterType)),
+          parameters(parametersOf(norm) * sizeOf(norm.parameterType)),
           workspace(groupNormWorkspaceSize(norm)) {
         // Whole rounds over the buffers, so that none is still in the cache when its turn comes again.
         size_t const pairs = buffers.memory.size() / 2;
@@ -156,6 +157,12 @@ void timeShape(GroupNormParams const& norm, bool cold, cudaDeviceProp const& dev
     Timing const ours = bench.time(stream, kRepeats, [&](cudaStream_t on) {
         return launchGroupNorm(params, bench.workspace.data(), bench.workspace.size(), on);
     });
+    DeviceFacts facts;
+    check(deviceFacts(facts), "device");
+    Plan apart = planGroupNorm(params, allowsVectors(params), facts);
+    apart.overlap = false;
+    Timing const waiting = bench.time(
+        stream, kRepeats, [&](cudaStream_t on) { return launchPlan(params, apart, bench.workspace.data(), on); });
     unsigned const packs = static_cast<unsigned>(size / 16);
     unsigned const blocks = std::min((packs + 255) / 256, 8U * static_cast<unsigned>(device.multiProcessorCount));
     Timing const copy = bench.time(stream, kRepeats, [&](cudaStream_t on) {
@@ -163,22 +170,25 @@ void timeShape(GroupNormParams const& norm, bool cold, cudaDeviceProp const& dev
         return cudaGetLastError();
     });
     std::printf(
-        "| %lld x %lld x %lld | %s | %s | %.2f | %.2f (%.2f to %.2f) | %.2f (%.2f to %.2f) | %.2f | %.0f | %s |\n",
+        "| %lld x %lld x %lld | %s | %s | %.2f | %.2f (%.2f to %.2f) | %.2f (%.2f to %.2f) | %.2f (%.2f to %.2f) | "
+        "%.2f | %.0f | %s |\n",
         static_cast<long long>(params.batch), static_cast<long long>(params.channels),
         static_cast<long long>(params.pixels), params.layout == Layout::kNHWC ? "NHWC" : "NCHW", cold ? "cold" : "warm",
-        static_cast<double>(size) / 0x1p20, ours.median, ours.least, ours.most, copy.median, copy.least, copy.most,
-        copy.median / ours.median, 2.0 * static_cast<double>(size) / ours.median / 1000.0,
-        groupNormPath(params).c_str());
+        static_cast<double>(size) / 0x1p20, ours.median, ours.least, ours.most, waiting.median, waiting.least,
+        waiting.most, copy.median, copy.least, copy.most, copy.median / ours.median,
+        2.0 * static_cast<double>(size) / ours.median / 1000.0, groupNormPath(params).c_str());
 }
 
 void timeAll(cudaDeviceProp const& device, cudaStream_t stream) {
     std::printf(
         "\nfp16 with SiLU; microseconds a launch in a graph of at least 40, median (least to most) of 30 graphs after "
         "3.\nwarm: the same input and output each time, from the L2 cache of %.0f MiB where both fit; cold: buffers of "
-        "4 times that cache in turn.\n\n",
+        "4 times that cache in turn.\napart: the same plan, no launch of which begins before the one ahead has "
+        "ended, as no copy does.\n\n",
         device.l2CacheSize / 0x1p20);
-    std::printf("| N x C x pixels | layout | cache | MiB | norm us | copy us | copy / norm | norm GB/s | path |\n");
-    std::printf("|---|---|---|---|---|---|---|---|---|\n");
+    std::printf(
+        "| N x C x pixels | layout | cache | MiB | norm us | apart us | copy us | copy / norm | norm GB/s | path |\n");
+    std::printf("|---|---|---|---|---|---|---|---|---|---|\n");
     for (Shape3 const& shape : kSd15) {
         for (Layout layout : {Layout::kNCHW, Layout::kNHWC}) {
             for (bool cold : {false, true}) {
@@ -188,23 +198,51 @@ void timeAll(cudaDeviceProp const& device, cudaStream_t stream) {
     }
 }
 
+// The plan that the estimates choose, without overlap too, and the fastest.
+void printChoice(GroupNormParams const& params, std::vector<Plan> const& plans, std::vector<double> const& times) {
+    size_t chosen = plans.size();
+    size_t apart = plans.size();
+    for (size_t i = 0; i < plans.size(); ++i) {
+        bool const overlaps = plans[i].overlap || plans[i].stage == Stage::kGrid;
+        size_t& best = overlaps ? chosen : apart;
+        if (best == plans.size() || plans[i].cost < plans[best].cost) {
+            best = i;
+        }
+    }
+    chosen = chosen == plans.size() ? apart : chosen;
+    size_t const fastest = static_cast<size_t>(std::min_element(times.begin(), times.end()) - times.begin());
+    std::printf("%lld x %lld x %lld %s: chosen %.2f us (", static_cast<long long>(params.batch),
+        static_cast<long long>(params.channels), static_cast<long long>(params.pixels),
+        params.layout == Layout::kNHWC ? "NHWC" : "NCHW", times[chosen]);
+    if (apart < plans.size() && plans[chosen].overlap) {
+        std::printf("%.2f apart, ", times[apart]);
+    }
+    std::printf("%s), fastest %.2f us (%s%s)\n", describePlan(plans[chosen]).c_str(), times[fastest],
+        describePlan(plans[fastest]).c_str(), plans[fastest].overlap ? ", overlapping" : "");
+}
+
 void timePlans(GroupNormParams const& norm, cudaDeviceProp const& device, cudaStream_t stream, std::FILE* file) {
     bool const cold = 2 * elementsOf(norm) * sizeOf(norm.dataType) > static_cast<size_t>(device.l2CacheSize);
     Bench bench(norm, cold, device, 20);
     GroupNormParams const& params = bench.params;
-    for (Plan const& plan : allPlans(params)) {
+    DeviceFacts facts;
+    check(deviceFacts(facts), "device");
+    std::vector<Plan> plans = allPlans(params);
+    for (size_t i = plans.size(); i-- > 0;) {
+        if (plans[i].overlap) {
+            plans.push_back(plans[i]);
+            plans.back().overlap = false;
+        }
+    }
+    std::vector<double> times;
+    for (Plan const& plan : plans) {
         Timing const time = bench.time(stream, 7, [&](cudaStream_t on) {
             return launchPlan(params, plan, bench.workspace.data(), on);
         });
-        std::fprintf(file, "%lld,%lld,%lld,%s,%s,%d,%d,%d,%d,%d,%d,%d,%d,%lld,%lld,%lld,%d,%lld,%.3f,%.3f,%.3f\n",
-            static_cast<long long>(params.batch), static_cast<long long>(params.channels),
-            static_cast<long long>(params.pixels), params.layout == Layout::kNHWC ? "NHWC" : "NCHW",
-            cold ? "cold" : "warm", static_cast<int>(plan.shape), plan.vector,
-            static_cast<int>(plan.stage), plan.bundleChannels, plan.tiles, plan.threads,
-            plan.packs, plan.sharedPacks, static_cast<long long>(plan.units),
-            static_cast<long long>(plan.unitsPerLaunch), static_cast<long long>(plan.chunk), plan.rows,
-            static_cast<long long>(plan.sharedBytes), plan.cost, time.median, time.least);
+        writePlan(file, params, cold, plan, facts, time.median, time.least);
+        times.push_back(time.median);
     }
+    printChoice(params, plans, times);
 }
 
 void writePlans(char const* path, cudaDeviceProp const& device, cudaStream_t stream) {
@@ -213,9 +251,7 @@ void writePlans(char const* path, cudaDeviceProp const& device, cudaStream_t str
         std::fprintf(stderr, "kernel_check: cannot write %s\n", path);
         std::exit(2);
     }
-    std::fprintf(file,
-        "batch,channels,pixels,layout,cache,shape,vector,stage,bundle,tiles,threads,packs,shared_packs,units,"
-        "units_per_launch,chunk,rows,shared_bytes,estimate_us,median_us,least_us\n");
+    writePlanColumns(file);
     for (Shape3 const& shape : kSd15) {
         for (Layout layout : {Layout::kNCHW, Layout::kNHWC}) {
             timePlans(sd15Params(shape, layout), device, stream, file);

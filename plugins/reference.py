@@ -25,12 +25,14 @@ def group_norm(
 ) -> Array:
     """`act(group_norm(x + channel_bias) * gamma + beta)`, with the population variance of each group.
 
-    NaN and infinity spread to the whole group. SiLU of minus infinity is 0, its limit.
+    NaN and infinity in `x` or `channel_bias` spread to the whole group. SiLU of minus infinity, which then only an
+    infinite gamma or beta gives, is 0, its limit. PyTorch gives NaN there, and so do the kernels but for float16 and
+    bfloat16 elements that they take in pairs: those come out as -0 and -3.5e-17.
 
     Parameters
     ----------
     x : (N, C, ...) for "nchw", (N, ..., S) for "nhwc", where S >= C and the channels from C on are padding
-    gamma, beta : (C,)
+    gamma, beta : (C,) or (R, C), both alike; R divides N, and sample n has row n // (N / R)
     groups : divides C
     epsilon : added to the variance; finite, not negative
     activation : "none" or "silu"
@@ -55,7 +57,7 @@ def group_norm(
         values = values + channel_bias.astype(dtype)[:, :, None]
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         normal = _normalise(values.reshape(batch, groups, -1), dtype(epsilon)).reshape(batch, count, pixels)
-        result = normal * gamma.astype(dtype)[:, None] + beta.astype(dtype)[:, None]
+        result = normal * _per_sample(gamma.astype(dtype), batch) + _per_sample(beta.astype(dtype), batch)
         if activation == "silu":
             result = silu(result)
     return _ungrouped(result, x.shape, layout)
@@ -67,6 +69,12 @@ def silu(x: Array) -> Array:
     bounded = np.where(x < -1000, x.dtype.type(-1000), x)
     with np.errstate(over="ignore"):
         return bounded / (1 + np.exp(-bounded))
+
+
+def _per_sample(parameter: Array, batch: int) -> Array:
+    """(C,) or (R, C) to (batch, C, 1)."""
+    rows = parameter.reshape(-1, parameter.shape[-1])
+    return np.repeat(rows, batch // rows.shape[0], axis=0)[:, :, None]
 
 
 def _normalise(values: Array, epsilon: float) -> Array:
@@ -120,11 +128,11 @@ def _check(
         raise ValueError(f"groups: {groups} does not divide {count} channels")
     if not (np.isfinite(epsilon) and epsilon >= 0):
         raise ValueError(f"epsilon: {epsilon} is not finite or is negative")
-    for name, values, shape in (
-        ("gamma", gamma, (count,)),
-        ("beta", beta, (count,)),
-        ("channel_bias", channel_bias, (x.shape[0], count)),
-    ):
+    batch = x.shape[0]
+    rows = gamma.shape[0] if gamma.ndim == 2 else 1
+    if gamma.ndim not in (1, 2) or gamma.shape[-1] != count or rows < 1 or batch % rows:
+        raise ValueError(f"gamma: shape {gamma.shape}, ({count},) or (rows, {count}) is wanted, rows dividing {batch}")
+    for name, values, shape in (("beta", beta, gamma.shape), ("channel_bias", channel_bias, (batch, count))):
         if values is not None and values.shape != shape:
             raise ValueError(f"{name}: shape {values.shape}, {shape} is wanted")
     return count

@@ -92,10 +92,12 @@ at::Tensor groupNormSilu(at::Tensor const& input, at::Tensor const& gamma, at::T
                       "group_norm_silu: ", params.channels, " channels cannot be split into ", groups, " groups");
     params.groups = static_cast<int32_t>(groups);
 
-    auto const parameterSize = at::IntArrayRef(params.channels);
-    TORCH_CHECK_VALUE(gamma.sizes() == parameterSize && beta.sizes() == parameterSize,
-                      "group_norm_silu: gamma and beta must be (", params.channels, "), got ", gamma.sizes(), " and ",
-                      beta.sizes());
+    int64_t const rows = gamma.dim() == 2 ? gamma.size(0) : 1;
+    TORCH_CHECK_VALUE((gamma.dim() == 1 || gamma.dim() == 2) && gamma.size(-1) == params.channels && rows > 0 &&
+                          params.batch % rows == 0 && beta.sizes() == gamma.sizes(),
+                      "group_norm_silu: gamma and beta must be (", params.channels, ") or (rows, ", params.channels,
+                      ") with rows dividing the batch ", params.batch, ", got ", gamma.sizes(), " and ", beta.sizes());
+    params.parameterRows = rows;
     params.parameterType = besideX(gamma, "gamma", x);
     TORCH_CHECK_VALUE(besideX(beta, "beta", x) == params.parameterType, "group_norm_silu: gamma is ",
                       gamma.scalar_type(), " and beta ", beta.scalar_type(), "; they must have one type");

@@ -71,13 +71,18 @@ def group_norm_silu(
     Runs on the current stream and in CUDA graphs; call `load` or run it once before the capture, which must not wait
     for a compiler.
 
+    NaN and infinity in `x` or `channel_bias` make their group NaN. SiLU of minus infinity, which then only an infinite
+    gamma or beta gives, is NaN as in PyTorch; but float16 and bfloat16 elements that the CUDA kernels take in pairs, as
+    they do where the layout and the addresses allow, become its limit, -0 (in bfloat16 -3.5e-17).
+
     Parameters
     ----------
     x : (N, C, H, W) tensor
         float32, float16 or bfloat16; on a CPU float64 too, then with float64 statistics. Contiguous and channels_last
         inputs run as they are, others are copied.
-    gamma, beta : (C,) tensors
-        Both float32 or both of the type of `x`.
+    gamma, beta : (C,) or (R, C) tensors
+        Both float32 or both of the type of `x`. R divides N; each row serves N / R samples, one after the other:
+        several networks in one batch.
     channel_bias : (N, C) or (1, C) tensor, optional
         float32 or the type of `x`. The sum with `x` is not rounded to that type.
     groups : int
@@ -162,9 +167,13 @@ def _check(
     batch, channels = x.shape[:2]
     if groups <= 0 or groups > channels or channels % groups:
         raise ValueError(f"group_norm_silu: {channels} channels cannot be split into {groups} groups")
-    for name, tensor in (("gamma", gamma), ("beta", beta)):
-        if tensor.dim() != 1 or tensor.shape[0] != channels:
-            raise ValueError(f"group_norm_silu: {name} must be ({channels}), got {list(tensor.shape)}")
+    rows = gamma.shape[0] if gamma.dim() == 2 else 1
+    fits = gamma.dim() in (1, 2) and gamma.shape[-1] == channels and rows > 0 and batch % rows == 0
+    if not fits or beta.shape != gamma.shape:
+        raise ValueError(
+            f"group_norm_silu: gamma and beta must be ({channels}) or (rows, {channels}) with rows dividing the batch"
+            f" {batch}, got {list(gamma.shape)} and {list(beta.shape)}"
+        )
     if gamma.dtype != beta.dtype:
         raise ValueError(f"group_norm_silu: gamma is {gamma.dtype} and beta {beta.dtype}; they must have one type")
     others = [("gamma", gamma), ("beta", beta)]
@@ -244,8 +253,16 @@ def _without_kernel(
     centred = centred - centred.mean(dim=-1, keepdim=True)
     variance = centred.square().mean(dim=-1, keepdim=True)
     h = (centred * torch.rsqrt(variance + epsilon)).reshape(x.shape)
-    h = h * gamma.to(wide)[:, None, None] + beta.to(wide)[:, None, None]
+    scale, shift = (_per_sample(tensor.to(wide), x.shape[0]) for tensor in (gamma, beta))
+    h = h * scale + shift
     return y.copy_(F.silu(h) if activation == "silu" else h)
+
+
+def _per_sample(parameter: torch.Tensor, batch: int) -> torch.Tensor:
+    """(C,) or (R, C) to (1 or batch, C, 1, 1)."""
+    rows = parameter.reshape(-1, parameter.shape[-1])
+    rows = rows if rows.shape[0] == 1 else rows.repeat_interleave(batch // rows.shape[0], dim=0)
+    return rows[:, :, None, None]
 
 
 def _register() -> torch.library.Library:

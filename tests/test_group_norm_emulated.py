@@ -43,7 +43,7 @@ PATHS = [
 ]
 
 
-def _cuda_headers() -> Optional[Path]:
+def cuda_headers() -> Optional[Path]:
     """A folder with CUDA's headers: of a toolkit, or of the packages that torch brings."""
     nvcc = shutil.which("nvcc")
     roots = [os.environ.get("CUDA_HOME"), nvcc and str(Path(nvcc).resolve().parent.parent), "/usr/local/cuda"]
@@ -59,7 +59,7 @@ def program(tmp_path_factory) -> Path:
     """tests/emulation/ compiled, without a warning."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
-    headers = _cuda_headers()
+    headers = cuda_headers()
     if headers is None:
         pytest.skip(f"needs CUDA's headers: no folder with {', '.join(HEADERS)} in a toolkit or a Python package")
     folder = tmp_path_factory.mktemp("emulation")

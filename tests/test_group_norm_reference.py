@@ -80,6 +80,25 @@ def test_one_channel_a_group_is_instance_norm() -> None:
     np.testing.assert_allclose(group_norm(inputs["x"], one, 0 * one, groups=6), want, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 6])
+def test_rows_of_parameters_are_networks_side_by_side(rows: int, layout: str) -> None:
+    inputs = make_inputs(6, 9, (4, 5))
+    rng = np.random.default_rng(rows)
+    inputs["gamma"], inputs["beta"] = rng.normal(1.0, 0.5, (2, rows, 9))
+    samples = 6 // rows
+    networks = []
+    for row in range(rows):
+        own = {name: inputs[name][row * samples : (row + 1) * samples] for name in ("x", "channel_bias")}
+        own.update(gamma=inputs["gamma"][row], beta=inputs["beta"][row])
+        networks.append(by_torch(own, 3, 1e-5, "silu", bias=True))
+    if layout == "nhwc":
+        inputs["x"] = np.moveaxis(inputs["x"], 1, -1)
+    got = reference(inputs, groups=3, activation="silu", layout=layout)
+    got = np.moveaxis(got, -1, 1) if layout == "nhwc" else got
+    np.testing.assert_allclose(got, np.concatenate(networks), rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("padding", [0, 4])
 def test_nhwc_is_nchw_with_its_axes_moved(padding: int) -> None:
     inputs = make_inputs(2, 12, (3, 5))
@@ -146,6 +165,26 @@ def test_bad_shapes(name: str) -> None:
     inputs = make_inputs(1, 8, (5,))
     inputs[name] = inputs[name][..., :-1]
     with pytest.raises(ValueError, match=name):
+        reference(inputs, groups=2)
+
+
+@pytest.mark.parametrize(
+    "gamma, beta, message",
+    [
+        ((3, 8), (3, 8), "gamma: shape (3, 8), (8,) or (rows, 8) is wanted, rows dividing 4"),
+        ((8, 8), (8, 8), "gamma: shape (8, 8)"),
+        ((0, 8), (0, 8), "gamma: shape (0, 8)"),
+        ((2, 4), (2, 4), "gamma: shape (2, 4)"),
+        ((1, 2, 8), (1, 2, 8), "gamma: shape (1, 2, 8)"),
+        ((), (), "gamma: shape ()"),
+        ((2, 8), (8,), "beta: shape (8,), (2, 8) is wanted"),
+        ((2, 8), (4, 8), "beta: shape (4, 8), (2, 8) is wanted"),
+    ],
+    ids=str,
+)
+def test_bad_rows(gamma: Tuple[int, ...], beta: Tuple[int, ...], message: str) -> None:
+    inputs = {**make_inputs(4, 8, (5,)), "gamma": np.ones(gamma), "beta": np.zeros(beta)}
+    with pytest.raises(ValueError, match=re.escape(message)):
         reference(inputs, groups=2)
 
 

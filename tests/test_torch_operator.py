@@ -36,6 +36,7 @@ class Case(NamedTuple):
     epsilon: float = 1e-5
     mean: float = 0.0
     deviation: float = 1.0
+    parameter_rows: int = 0  # of gamma and beta; 0: one vector
 
 
 def make(case: Case, device: str = "cpu") -> Tuple[torch.Tensor, ...]:
@@ -50,11 +51,18 @@ def make(case: Case, device: str = "cpu") -> Tuple[torch.Tensor, ...]:
     elif case.layout == "strided":
         x = x[:, :, ::2]
     # Of the data's type at first, so that PyTorch, which takes them in that type only, has the same numbers.
-    gamma = (1 + 0.5 * torch.randn(c, generator=generator)).to(case.dtype)
-    beta = (0.5 * torch.randn(c, generator=generator)).to(case.dtype)
+    shape = (case.parameter_rows, c) if case.parameter_rows else (c,)
+    gamma = (1 + 0.5 * torch.randn(shape, generator=generator)).to(case.dtype)
+    beta = (0.5 * torch.randn(shape, generator=generator)).to(case.dtype)
     rows = {"none": 0, "row": 1, "rows": n}[case.bias]
     bias = case.deviation * torch.randn((rows, c), generator=generator).to(device, case.dtype) if rows else None
     return x, gamma.to(device, case.parameter_dtype), beta.to(device, case.parameter_dtype), bias
+
+
+def of_samples(parameter: torch.Tensor, batch: int) -> torch.Tensor:
+    """The row of gamma or beta that each sample has."""
+    rows = parameter if parameter.dim() == 2 else parameter[None]
+    return torch.stack([rows[n * len(rows) // batch] for n in range(batch)])
 
 
 def exact(x: torch.Tensor, gamma: Any, beta: Any, bias: Any, case: Case) -> torch.Tensor:
@@ -66,7 +74,8 @@ def exact(x: torch.Tensor, gamma: Any, beta: Any, bias: Any, case: Case) -> torc
     grouped = grouped - grouped.mean(-1, keepdim=True)
     variance = grouped.square().mean(-1, keepdim=True)
     h = (grouped / (variance + case.epsilon).sqrt()).reshape(x.shape)
-    h = h * gamma.double()[:, None, None] + beta.double()[:, None, None]
+    gamma, beta = (of_samples(tensor, x.shape[0]).double()[:, :, None, None] for tensor in (gamma, beta))
+    h = h * gamma + beta
     return h * h.sigmoid() if case.activation == "silu" else h
 
 
@@ -77,10 +86,13 @@ def run(case: Case, tensors: Tuple[torch.Tensor, ...]) -> torch.Tensor:
 
 def pytorch(case: Case, tensors: Tuple[torch.Tensor, ...]) -> torch.Tensor:
     """The same in PyTorch's own operators, in the type of the data."""
-    x, gamma, beta, bias = tensors
+    x, *parameters, bias = tensors
     if bias is not None:
         x = x + bias[:, :, None, None]
-    y = torch.group_norm(x, case.groups, gamma.to(x.dtype), beta.to(x.dtype), case.epsilon)
+    gamma, beta = (parameter.to(x.dtype).reshape(-1, x.shape[1]) for parameter in parameters)
+    # A network a row.
+    shares = zip(x.chunk(len(gamma)), gamma, beta)
+    y = torch.cat([torch.group_norm(one, case.groups, *own, case.epsilon) for one, *own in shares])
     return F.silu(y) if case.activation == "silu" else y
 
 
@@ -106,6 +118,10 @@ CPU_CASES = [
     Case(12, (2, 12, 8, 8), 4, dtype=torch.float64, mean=1000.0),
     Case(13, (2, 12, 8, 8), 4, dtype=torch.float64, parameter_dtype=torch.float64, bias="rows"),
 ]
+CPU_CASES += [
+    Case(20 + rows, (6, 9, 5, 7), 3, layout=layout, bias="rows", parameter_rows=rows)
+    for rows, layout in ((1, "nchw"), (2, "nhwc"), (3, "strided"), (6, "nchw"))
+]
 
 
 @pytest.mark.parametrize("case", CPU_CASES, ids=lambda case: f"case{case.seed}")
@@ -118,7 +134,9 @@ def test_formula_against_float64(case: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
-@pytest.mark.parametrize("case", CPU_CASES[:12], ids=lambda case: f"case{case.seed}")
+@pytest.mark.parametrize(
+    "case", [case for case in CPU_CASES if case.dtype == torch.float32], ids=lambda case: f"case{case.seed}"
+)
 def test_half_precision_is_rounded_once(case: Case, dtype: torch.dtype) -> None:
     deviation = min(case.deviation, 100.0)
     for parameter_dtype in (torch.float32, dtype):
@@ -139,6 +157,17 @@ def test_every_attribute_counts() -> None:
     results.append(run(base, (x, gamma, beta, None)))
     for i, one in enumerate(results):
         assert all(largest(one - other) > 1e-3 for other in results[:i])
+
+
+def test_one_row_of_parameters_is_a_vector() -> None:
+    x, gamma, beta, bias = make(Case(4, (4, 12, 3, 5), 4, bias="rows"))
+    wanted = group_norm_silu(x, gamma, beta, bias, 4)
+    for rows in (1, 2, 4):
+        assert torch.equal(group_norm_silu(x, gamma.expand(rows, 12), beta.expand(rows, 12), bias, 4), wanted)
+
+
+def test_rows_of_parameters_of_no_samples() -> None:
+    assert group_norm_silu(torch.zeros(0, 8, 5, 7), groups=4, **parameters((2, 8))).shape == (0, 8, 5, 7)
 
 
 def test_memory_format_is_kept() -> None:
@@ -165,22 +194,25 @@ def test_not_a_number_and_infinity_stay_in_their_group() -> None:
 # How compilers see it.
 
 
-def example(layout: str, bias: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tuple[Any, ...]:
-    case = Case(5, (2, 12, 5, 7), 4, dtype=dtype, layout=layout, bias=bias)
+def example(
+    layout: str, bias: str, dtype: torch.dtype = torch.float32, device: str = "cpu", parameter_rows: int = 0
+) -> Tuple[Any, ...]:
+    case = Case(5, (2, 12, 5, 7), 4, dtype=dtype, layout=layout, bias=bias, parameter_rows=parameter_rows)
     return (*make(case, device), case.groups, case.epsilon, case.activation)
 
 
 @pytest.mark.skipif(not hasattr(torch.library, "opcheck"), reason="this PyTorch has no torch.library.opcheck")
 @pytest.mark.parametrize("layout", ["nchw", "nhwc", "strided"])
-@pytest.mark.parametrize("bias", ["none", "rows"])
-def test_opcheck(layout: str, bias: str) -> None:
-    torch.library.opcheck(OPERATOR, example(layout, bias))
+@pytest.mark.parametrize(("bias", "parameter_rows"), [("none", 0), ("rows", 0), ("rows", 2)])
+def test_opcheck(layout: str, bias: str, parameter_rows: int) -> None:
+    torch.library.opcheck(OPERATOR, example(layout, bias, parameter_rows=parameter_rows))
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc", "strided"])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF_TYPES], ids=str)
-def test_meta_says_what_the_cpu_gives(layout: str, dtype: torch.dtype) -> None:
-    arguments = example(layout, "row", dtype)
+@pytest.mark.parametrize("parameter_rows", [0, 1, 2])
+def test_meta_says_what_the_cpu_gives(layout: str, dtype: torch.dtype, parameter_rows: int) -> None:
+    arguments = example(layout, "row", dtype, parameter_rows=parameter_rows)
     real = OPERATOR(*arguments)
     fake = OPERATOR(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments))
     # Moving a slice to another device makes it contiguous, which the result is too.
@@ -193,6 +225,8 @@ def test_fake_tensors_are_checked() -> None:
     gamma = torch.empty(8, device="meta")
     with pytest.raises(ValueError, match="split into 3 groups"):
         group_norm_silu(x, gamma, gamma, groups=3)
+    with pytest.raises(ValueError, match="rows dividing the batch 2"):
+        group_norm_silu(x, groups=4, **parameters((3, 8), device="meta"))
 
 
 def test_compiles_without_breaks_on_the_cpu() -> None:
@@ -213,6 +247,12 @@ def test_compiles_without_breaks_on_the_cpu() -> None:
 # Errors.
 
 
+def parameters(gamma: Tuple[int, ...], beta: Optional[Tuple[int, ...]] = None, device: str = "cpu") -> Dict[str, Any]:
+    """Arguments with gamma and beta of these shapes, which are one unless both are given."""
+    beta = gamma if beta is None else beta
+    return {"gamma": torch.ones(gamma, device=device), "beta": torch.zeros(beta, device=device)}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -222,8 +262,16 @@ def test_compiles_without_breaks_on_the_cpu() -> None:
         ({"groups": 0}, "split into 0 groups"),
         ({"groups": -4}, "split into -4 groups"),
         ({"activation": "gelu"}, "'none' or 'silu', got 'gelu'"),
-        ({"gamma": torch.zeros(7)}, r"gamma must be \(8\)"),
-        ({"beta": torch.zeros(8, 1)}, r"beta must be \(8\)"),
+        ({"gamma": torch.zeros(7)}, r"gamma and beta must be \(8\) or \(rows, 8\).*, got \[7\] and \[8\]"),
+        ({"beta": torch.zeros(8, 1)}, r"got \[8\] and \[8, 1\]"),
+        (parameters((2, 8), (8,)), r"got \[2, 8\] and \[8\]"),
+        (parameters((2, 8), (1, 8)), r"got \[2, 8\] and \[1, 8\]"),
+        (parameters((3, 8)), r"rows dividing the batch 2, got \[3, 8\] and \[3, 8\]"),
+        (parameters((4, 8)), r"rows dividing the batch 2, got \[4, 8\]"),
+        (parameters((0, 8)), r"rows dividing the batch 2, got \[0, 8\]"),
+        (parameters((2, 4)), r"\(rows, 8\) with rows dividing the batch 2, got \[2, 4\]"),
+        (parameters((1, 2, 8)), r"got \[1, 2, 8\]"),
+        (parameters(()), r"got \[\] and \[\]"),
         ({"beta": torch.zeros(8, dtype=torch.float16)}, "must have one type"),
         ({"gamma": torch.zeros(8).half(), "beta": torch.zeros(8).half()}, "float32 or the type of x"),
         ({"channel_bias": torch.zeros(8)}, r"channel_bias must be \(2, 8\) or \(1, 8\)"),
@@ -368,11 +416,12 @@ def draw_case(index: int) -> Case:
     groups = int(rng.choice([1, 2, 3, 5, 8, 16, 32]))
     largest_side = int(rng.choice([1, 4, 17, 40, 96, 200]))
     height, width = (int(side) for side in rng.integers(1, largest_side + 1, size=2))
-    batch = int(rng.integers(1, 4))
+    batch = int(rng.integers(1, 5))
     while batch * groups * per_group * height * width > 1 << 22:
         height, width = (height + 1) // 2, (width + 1) // 2
     dtype = (torch.float16, torch.bfloat16, torch.float32)[int(rng.integers(3))]
     top = 5e3 if dtype == torch.float16 else 1e15
+    several = 2 - batch % 2  # rows of gamma and beta
     extremes = [(1000.0, 1.0), (-1000.0, 1.0), (3.0, 0.0), (0.0, 1e-4), (0.0, top), (0.0, 1e-6)]
     mean, deviation = extremes[int(rng.integers(len(extremes)))] if index % 3 == 0 else (float(rng.normal()), 1.0)
     return Case(
@@ -387,6 +436,7 @@ def draw_case(index: int) -> Case:
         float(rng.choice([1e-6, 1e-5, 1e-3, 0.1])),
         mean,
         deviation,
+        (0, 1, several, batch)[int(rng.integers(4))],
     )
 
 
@@ -419,6 +469,21 @@ def test_cuda_against_float64(part: int) -> None:
     cases = [draw_case(index) for index in range(part, NUM_CUDA_CASES, 12)]
     faults = [(case, check_against_pytorch(case)) for case in cases]
     assert not [f"{case}: {fault}" for case, fault in faults if fault]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("parameter_rows", [1, 2, 4])
+def test_cuda_rows_of_parameters(layout: str, parameter_rows: int) -> None:
+    """Small maps held on chip, ones of odd channels and of few, and a large one in two kernels."""
+    faults = []
+    for shape, groups in (((4, 64, 4, 6), 8), ((4, 15, 7, 9), 3), ((4, 320, 16, 24), 32), ((4, 32, 192, 256), 2)):
+        for dtype in (torch.float32, *HALF_TYPES):
+            for bias, parameter_dtype in (("none", torch.float32), ("rows", dtype)):
+                case = Case(7, shape, groups, dtype, parameter_dtype, layout, bias, parameter_rows=parameter_rows)
+                fault = check_against_pytorch(case)
+                faults += [f"{case}: {fault}"] if fault else []
+    assert not faults
 
 
 @pytest.mark.gpu
@@ -530,6 +595,10 @@ def test_cuda_refuses_what_the_cpu_refuses() -> None:
         ({"beta": ones.cpu()}, "beta is on cpu"),
         ({"x": x.double()}, "float32, float16 or bfloat16"),
         ({"channel_bias": x[:, 0, 0]}, "channel_bias must be"),
+        (parameters((3, 8), device="cuda"), r"rows dividing the batch 2, got \[3, 8\] and \[3, 8\]"),
+        (parameters((0, 8), device="cuda"), r"rows dividing the batch 2, got \[0, 8\]"),
+        (parameters((2, 8), (8,), device="cuda"), r"got \[2, 8\] and \[8\]"),
+        (parameters((1, 2, 8), device="cuda"), r"got \[1, 2, 8\]"),
     ):
         with pytest.raises(ValueError, match=message):
             group_norm_silu(**{"x": x, "gamma": ones, "beta": ones, "groups": 4, **change})

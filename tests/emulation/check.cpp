@@ -50,7 +50,9 @@ std::string partsOf(Case const& c, Plan const& plan) {
 }
 
 std::string detailsOf(Case const& c, Plan const& plan) {
-    return partsOf(c, plan) + (c.hasBias ? ", bias" : "") + ", items of " + std::to_string(plan.itemWidth);
+    GroupNormParams const& p = c.params;
+    char const* const rows = p.parameterRows == 1 ? "" : p.parameterRows == p.batch ? ", a row each" : ", shared rows";
+    return partsOf(c, plan) + (c.hasBias ? ", bias" : "") + rows + ", items of " + std::to_string(plan.itemWidth);
 }
 
 // The plans that can run the case once it has memory: of its addresses only their alignment counts.

@@ -28,16 +28,33 @@ namespace canny2image {
 
 using emulation::blockDim;
 using emulation::blockIdx;
-using emulation::clusterArrive;
-using emulation::clusterWait;
+using emulation::copyAsync;
 using emulation::gridDim;
 using emulation::threadIdx;
+using emulation::waitForCopies;
+using emulation::waitForPrevious;
 
 constexpr int kWarp = 32;
 
 inline unsigned char* sharedMemory() { return emulation::dynamicShared(); }
 
 inline void blockSync() { emulation::blockBarrier(); }
+
+inline void letNextBegin() {}
+
+template <int Words>
+struct alignas(Words * sizeof(unsigned)) Access {
+    unsigned words[Words];
+};
+
+template <int Words>
+void storeWords(void* global, unsigned const (&words)[Words]) {
+    std::memcpy(static_cast<Access<Words>*>(global)->words, words, sizeof(words));
+}
+
+inline void loadSharedWords(void const* shared, unsigned (&words)[4]) {
+    std::memcpy(words, static_cast<Access<4> const*>(shared)->words, sizeof(words));
+}
 
 inline void gridSync() { emulation::gridBarrier(); }
 
@@ -50,9 +67,32 @@ inline float shuffleXor(float value, int mask) {
     return emulation::shuffle(value, emulation::laneIndex() ^ static_cast<unsigned>(mask));
 }
 
-template <typename T>
-void storePeer(T* local, unsigned rank, T const& value) {
-    *static_cast<T*>(emulation::peerShared(local, sizeof(T), rank)) = value;
+// A mailbox by two barriers of the cluster, and a count of what comes.
+struct Mailbox {
+    unsigned expected;
+    unsigned come;
+};
+
+inline void openMailbox(Mailbox* box, unsigned bytes) {
+    if (threadIdx.x == 0) {
+        *box = {bytes, 0};
+    }
+    emulation::clusterArrive();
+}
+
+inline void waitForMailboxes() { emulation::clusterWait(); }
+
+inline void send(Mailbox* box, float4* local, unsigned rank, float4 const& value) {
+    *static_cast<float4*>(emulation::peerShared(local, sizeof(value), rank)) = value;
+    static_cast<Mailbox*>(emulation::peerShared(box, sizeof(*box), rank))->come += sizeof(value);
+}
+
+inline void receive(Mailbox* box) {
+    emulation::clusterArrive();
+    emulation::clusterWait();
+    if (box->come != box->expected) {
+        emulation::fail("hangs: other bytes come to a mailbox than it was opened for");
+    }
 }
 
 inline float loadShared(float const* place) { return *place; }
@@ -60,6 +100,10 @@ inline float loadShared(float const* place) { return *place; }
 inline float exp2Fast(float x) { return std::exp2(x); }
 
 inline float reciprocalFast(float x) { return 1.0F / x; }
+
+inline float atLeast(float x, float least) { return x < least ? least : x; }
+
+inline float atMost(float x, float most) { return std::fmin(x, most); }
 
 inline float reciprocalRoot(float x) { return 1.0F / std::sqrt(x); }
 

@@ -81,6 +81,8 @@ cudaError_t cudaLaunchKernelExC(cudaLaunchConfig_t const* config, void const* fu
             launch.cluster = attribute.val.clusterDim.x;
         } else if (attribute.id == cudaLaunchAttributeCooperative) {
             launch.cooperative = attribute.val.cooperative != 0;
+        } else if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization) {
+            launch.overlap = attribute.val.programmaticStreamSerializationAllowed != 0;
         } else {
             return cudaErrorInvalidValue;
         }

@@ -1,12 +1,14 @@
 #include "machine.h"
 
 #include <setjmp.h>
+#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
 #include <array>
 #include <csignal>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <random>
 
@@ -26,6 +28,11 @@ constexpr size_t kStackGuard = 16;
 constexpr unsigned char kPoison = 0xff;  // NaN in every floating-point type
 
 struct Fiber;
+
+struct Copy {
+    void* to;
+    void const* from;
+};
 
 struct Barrier {
     char const* name{""};
@@ -63,6 +70,8 @@ struct Fiber {
     Barrier const* waitsAt;
     bool arrived;  // at the cluster's barrier, and has not waited yet
     unsigned arrivalRound;
+    bool hasWaited;  // for the launch ahead
+    std::vector<Copy> copies;  // asked for and not ended
 };
 
 // The state of the launch that runs. There is one at a time.
@@ -84,6 +93,17 @@ size_t unfinished = 0;
 jmp_buf scheduler;
 std::string failed;
 std::mt19937_64 order(1);
+
+std::map<void*, size_t> memory;  // of the device
+bool isLocked = false;
+
+// Every access to device memory is a fault while it is locked.
+void lockMemory(bool locked) {
+    for (auto const& [start, size] : memory) {
+        mprotect(start, size, locked ? PROT_NONE : PROT_READ | PROT_WRITE);
+    }
+    isLocked = locked;
+}
 
 unsigned below(size_t count) { return static_cast<unsigned>(order() % count); }
 
@@ -109,14 +129,19 @@ __attribute__((noinline)) void resume(Fiber& fiber) {
     setcontext(&fiber.start);
 }
 
-// Ends the launch from within a thread.
-[[noreturn]] void fail(char const* reason) {
+}  // namespace
+
+void fail(char const* reason) {
     failed = reason;
     _longjmp(scheduler, 1);
 }
 
+namespace {
+
 [[noreturn]] void failBySignal(int signal) {
-    fail(signal == SIGILL ? "an access that is not aligned" : "an access outside all memory");
+    fail(signal == SIGILL ? "an access that is not aligned"
+            : isLocked    ? "an access to device memory before the launch ahead has ended"
+                          : "an access outside all memory");
 }
 
 // What a GPU answers with an error ends the launch, too. The compiler lets a thread trap at an unaligned access.
@@ -142,6 +167,9 @@ void threadLoop() {
         launch->thread();
         if (current->arrived) {
             fail("a thread ended between its arrival at the cluster's barrier and its wait");
+        }
+        if (launch->overlap && !current->hasWaited) {
+            fail("a thread of an overlapping launch ended and never waited for the launch ahead");
         }
         ++ownBlock().ended;
         --unfinished;
@@ -217,6 +245,8 @@ void prepareFibers(unsigned firstBlock, unsigned count, unsigned threads) {
         fiber.shuffles = 0;
         fiber.waitsAt = nullptr;
         fiber.arrived = false;
+        fiber.hasWaited = false;
+        fiber.copies.clear();
         ready.push_back(&fiber);
     }
     std::shuffle(ready.begin(), ready.end(), order);
@@ -275,13 +305,31 @@ bool runTogether(unsigned firstBlock, unsigned count) {
 std::vector<Device> const& devices() {
     // Few SMs, so that the cooperative launches stay small, and each thing that the planner asks for once absent.
     static std::vector<Device> const all{
-        {"sm_90", 5, 232448, 9, true, 90},
-        {"sm_80", 8, 166912, 8, true, 80},
-        {"sm_90 without cooperative launches", 132, 232448, 9, false, 90},
-        {"sm_89 with one SM", 1, 101376, 8, true, 89},
-        {"sm_90 from PTX of sm_80, little shared memory", 16, 49152, 9, false, 80},
+        {"sm_90", 5, 232448, 9, true, 90, 12040},
+        {"sm_80", 8, 166912, 8, true, 80, 12040},
+        {"sm_90 without cooperative launches", 132, 232448, 9, false, 90, 13000},
+        {"sm_89 with one SM", 1, 101376, 8, true, 89, 12000},
+        {"sm_90 from PTX of sm_80, little shared memory", 16, 49152, 9, false, 80, 12040},
+        {"sm_90 of an old driver", 5, 232448, 9, true, 90, 12020},
     };
     return all;
+}
+
+void* allocate(size_t size) {
+    void* const start = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (start == MAP_FAILED) {
+        return nullptr;
+    }
+    memory[start] = size;
+    return start;
+}
+
+void release(void* start) {
+    auto const found = memory.find(start);
+    if (found != memory.end()) {
+        munmap(start, found->second);
+        memory.erase(found);
+    }
 }
 
 void seedOrder(uint64_t seed) { order.seed(seed); }
@@ -294,6 +342,7 @@ bool run(Launch const& work, std::string& failure) {
     statics.clear();
     staticsEnd = 0;
     failed.clear();
+    lockMemory(work.overlap);
     unsigned const count = work.cooperative ? work.grid.x : work.cluster;
     std::vector<unsigned> first;
     for (unsigned block = 0; block < work.grid.x; block += count) {
@@ -303,6 +352,7 @@ bool run(Launch const& work, std::string& failure) {
     bool const right =
         std::all_of(first.begin(), first.end(), [&](unsigned block) { return runTogether(block, count); });
     failure = failed;
+    lockMemory(false);
     if (!right) {
         fibers.clear();  // they stand in the middle of a thread
     }
@@ -349,6 +399,22 @@ void gridBarrier() {
         fail("a barrier of the grid in a launch that is not cooperative");
     }
     wait(grid, arrive(grid));
+}
+
+void waitForPrevious() {
+    current->hasWaited = true;
+    if (isLocked) {  // of this launch's threads, the first to wait
+        lockMemory(false);
+    }
+}
+
+void copyAsync(void* shared, void const* global) { current->copies.push_back({shared, global}); }
+
+void waitForCopies() {
+    for (Copy const& copy : current->copies) {
+        *static_cast<uint4*>(copy.to) = *static_cast<uint4 const*>(copy.from);
+    }
+    current->copies.clear();
 }
 
 void clusterArrive() {

@@ -35,6 +35,7 @@ DeviceFacts randomDevice(Random& random) {
     facts.sharedPerBlock = pick<int32_t>(random, {49152, 101376, 166912, 232448});
     facts.clusters = random() % 2 == 0;
     facts.cooperative = random() % 3 != 0;
+    facts.overlap = random() % 2 == 0;
     return facts;
 }
 
@@ -116,6 +117,7 @@ void checkLimits(GroupNormParams const& p, Plan const& plan, DeviceFacts const& 
         "the workspace holds the moments of all tiles");
     rules.expect(plan.stage != Stage::kApply, "the second kernel is no plan");
     if (plan.stage == Stage::kGrid) {
+        rules.expect(!plan.overlap, "no cooperative launch overlaps");
         rules.expect(facts.cooperative && plan.unitsPerLaunch >= 1 &&
                 plan.unitsPerLaunch * plan.tiles <= facts.processors,
             "a cooperative launch is resident");

@@ -1,6 +1,5 @@
 #include "runtime.h"
 
-#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <set>
@@ -42,7 +41,9 @@ bool isAllowed(void const* kernel, Launch const& launch) {
             launch.grid.x % launch.cluster == 0);
     bool const cooperationFits =
         !launch.cooperative || (device.cooperative && launch.grid.x <= static_cast<unsigned>(device.processors));
-    return launch.grid.x > 0 && launch.block.x > 0 && launch.block.x <= kMostThreads && clustersFit &&
+    bool const overlapFits =
+        !launch.overlap || (device.major >= 9 && device.driverVersion >= 12030 && !launch.cooperative);
+    return overlapFits && launch.grid.x > 0 && launch.block.x > 0 && launch.block.x <= kMostThreads && clustersFit &&
         cooperationFits && launch.dynamicShared <= asked &&
         launch.dynamicShared + kStaticShared <= static_cast<size_t>(device.sharedPerBlock);
 }
@@ -95,6 +96,11 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ind
     }
 }
 
+cudaError_t cudaDriverGetVersion(int* version) {
+    *version = currentDevice().driverVersion;
+    return cudaSuccess;
+}
+
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void const*) {
     attributes->ptxVersion = currentDevice().ptxVersion;
     return cudaSuccess;
@@ -116,13 +122,12 @@ char const* cudaGetErrorString(cudaError_t error) {
 }
 
 cudaError_t cudaMalloc(void** memory, size_t size) {
-    constexpr size_t kAlignment = 256;
-    *memory = std::aligned_alloc(kAlignment, (size + kAlignment - 1) / kAlignment * kAlignment);
+    *memory = emulation::allocate(size);
     return *memory == nullptr ? cudaErrorMemoryAllocation : cudaSuccess;
 }
 
 cudaError_t cudaFree(void* memory) {
-    std::free(memory);
+    emulation::release(memory);
     return cudaSuccess;
 }
 

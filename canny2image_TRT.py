@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -10,7 +11,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, Callable, List, Optional, Tuple
+from typing import Any, Callable, List, Optional, Tuple, Union
 
 ROOT = Path(__file__).resolve().parent
 if str(ROOT) not in sys.path:  # the repository's packages lie beside this file, wherever it is imported from
@@ -37,9 +38,10 @@ def _say(line: str) -> None:
 class hackathon:
     """ControlNet (canny) on Stable Diffusion 1.5.
 
-    `initialize` also takes model, backend, precision, device, checkpoint and build_dir from the environment, as
-    HACKATHON_MODEL, HACKATHON_BACKEND, HACKATHON_PRECISION, HACKATHON_DEVICE, HACKATHON_CHECKPOINT and
-    HACKATHON_BUILD_DIR; an argument wins. Calls from several threads take turns.
+    `initialize` also takes model, backend, precision, device, checkpoint, build_dir, speed and cuda_graph from the
+    environment, as HACKATHON_MODEL, HACKATHON_BACKEND, HACKATHON_PRECISION, HACKATHON_DEVICE, HACKATHON_CHECKPOINT,
+    HACKATHON_BUILD_DIR, HACKATHON_SPEED and HACKATHON_CUDA_GRAPH (0 or 1); an argument wins. Calls from several threads
+    take turns.
     """
 
     def __init__(self) -> None:
@@ -48,6 +50,8 @@ class hackathon:
         self._backend: Any = None
         self._pipelines: OrderedDict[Tuple[int, int], Any] = OrderedDict()
         self._reference: Any = None
+        self._planner: Any = None
+        self._cuda_graph = True
 
     def initialize(
         self,
@@ -62,6 +66,8 @@ class hackathon:
         export: bool = True,
         height: int = HEIGHT,
         width: int = WIDTH,
+        speed: Union[str, int, None] = None,
+        cuda_graph: Optional[bool] = None,
     ) -> None:
         """Choose model and backend, say which and why, and make everything for pictures of the given size ready.
 
@@ -69,12 +75,12 @@ class hackathon:
         ----------
         model : str, optional
             "sd15", "tiny" or the path of a config; default sd15 where its checkpoint lies under models/, else tiny.
-        backend : {"torch", "onnxruntime"}, optional
+        backend : {"tensorrt", "torch", "onnxruntime"}, optional
             Default: the first that can run here.
         precision : {"fp32", "fp16", "bf16"}, optional
             Default: FP16 on a GPU, FP32 on a CPU.
         device : str, optional
-            "cpu", "cuda", "cuda:1", ... for the torch backend.
+            "cpu", "cuda", "cuda:1", ... for the tensorrt and torch backends.
         build_dir : str, optional
             Where made files are kept; default build/ beside this file.
         checkpoint : str, optional
@@ -87,18 +93,33 @@ class hackathon:
             Let the onnxruntime backend export what it lacks; False raises instead.
         height, width : int
             Size that is made ready; other sizes are on their first picture.
+        speed : str or int, optional
+            How many of a request's steps are evaluated: "exact" (all, the default), a number such as "7", or a measure
+            and a budget such as "pd:5"; see `runtime.speed`. The receipt says what ran.
+
+        cuda_graph : bool, optional
+            Launch a whole image as one CUDA graph where the backend is on a GPU; default True. Calls with a progress
+            callback do without.
 
         Raises
         ------
-        FileNotFoundError, ValueError, BackendError, ArtefactError, OSError
+        FileNotFoundError, ValueError, BackendError, ArtefactError, TensorRTError, OSError
             What is missing or does not fit, and what to do.
         """
+        from runtime.speed import parse_speed
+
+        chosen_speed = parse_speed(speed if speed is not None else os.environ.get("HACKATHON_SPEED"))
         with self._lock:
             self.close()
-            self._choose(model, backend, precision, device, build_dir, checkpoint, random_weights, samples, export)
+            self._cuda_graph = os.environ.get("HACKATHON_CUDA_GRAPH") != "0" if cuda_graph is None else cuda_graph
+            size = (height, width)
+            self._choose(
+                model, backend, precision, device, build_dir, checkpoint, random_weights, samples, export, size
+            )
             _say(self.summary)
             try:
-                self._pipeline(height, width)
+                self._plan_at(chosen_speed)
+                self._pipeline(height, width).prepare(self._planner.plan(Request("")))
             except BaseException:
                 self.close()  # half ready is not ready
                 raise
@@ -114,9 +135,11 @@ class hackathon:
         random_weights: Optional[int],
         samples: int,
         export: bool,
+        size: Tuple[int, int],
     ) -> None:
         """Settle what `initialize` was asked or left to find out; loads no weights yet."""
         from cldm.weights import find_weights
+        from deploy.spec import Build
         from runtime.backends import BackendError, choose_backend
         from runtime.choose import choose_model
 
@@ -127,6 +150,7 @@ class hackathon:
         self._weights = find_weights(self._config, checkpoint, random_weights, self._folder / ".hashes.json")
         self._samples = samples
         self._tokenizer = self._find_tokenizer()
+        precision = precision or os.environ.get("HACKATHON_PRECISION")
         chosen, self._reason = choose_backend(
             backend or os.environ.get("HACKATHON_BACKEND"),
             device or os.environ.get("HACKATHON_DEVICE"),
@@ -135,12 +159,22 @@ class hackathon:
             self._folder,
             export,
             _say,
+            lambda preferred: Build(self._config, *size, samples, precision or preferred),
         )
-        self._precision = precision or os.environ.get("HACKATHON_PRECISION") or chosen.precisions[0]
+        self._precision = precision or chosen.precisions[0]
         if self._precision not in chosen.precisions:
             known = ", ".join(chosen.precisions)
             raise BackendError(f"{chosen.name} on {chosen.device} runs {known}, not {self._precision!r}")
         self._backend = chosen
+
+    def _plan_at(self, speed: Any) -> None:
+        """Plan requests at a speed from now on, and say what it comes to for the contest's."""
+        from runtime.speed import Planner
+
+        self._planner = Planner(
+            speed, self._config, self._weights, self._folder, self._backend.name, self._precision, _say
+        )
+        self._planner.plan(Request(""))
 
     @property
     def summary(self) -> str:
@@ -268,13 +302,20 @@ class hackathon:
         progress: Optional[Progress] = None,
         plan: Optional[SamplingPlan] = None,
     ) -> Result:
-        """`generate` with its arguments in a `Request`; `plan` may leave out some of its steps."""
+        """`generate` with its arguments in a `Request`; a `plan` is run in place of what the speed comes to."""
         # Sizes first: a picture that cannot be used must not cost the making of graphs.
         image = to_three_channels(image)
         height, width = target_size(*image.shape[:2], request.image_resolution)
         with self._lock:
             self._need_initialize()
-            return self._pipeline(height, width).generate(image, request, latents, progress, plan)
+            chosen = self._planner.plan(request) if plan is None else plan
+            return self._pipeline(height, width).generate(image, request, latents, progress, chosen)
+
+    def plans(self, request: Request) -> List[SamplingPlan]:
+        """The plans that speeds can give a request, fewest evaluations first; the last is exact."""
+        with self._lock:
+            self._need_initialize()
+            return self._planner.choices(request)
 
     def reference(
         self, image: Any, request: Request, latents: Optional[Any] = None, progress: Optional[Progress] = None
@@ -298,14 +339,15 @@ class hackathon:
     def close(self) -> None:
         """Free everything; `initialize` may be called again."""
         with self._lock:
-            for pipeline in self._pipelines.values():
-                pipeline.close()
+            pipelines, backend = list(self._pipelines.values()), self._backend
             self._pipelines.clear()
-            self._reference = None
+            self._backend = self._reference = None
             self._model = lambda: None
-            if self._backend is not None:
-                self._backend.close()
-                self._backend = None
+            with contextlib.ExitStack() as stack:  # the last goes first, and each also where another fails
+                if backend is not None:
+                    stack.callback(backend.close)
+                for pipeline in pipelines:
+                    stack.callback(pipeline.close)
 
     def _pipeline(self, height: int, width: int) -> Any:
         """The pipeline of a picture size, made on its first use; the least recently used goes."""
@@ -319,7 +361,9 @@ class hackathon:
                 self._pipelines.popitem(last=False)[1].close()
             build = Build(self._config, height, width, self._samples, self._precision)
             about = About(str(self._weights), self._backend.name, self._reason)
-            found = Pipeline(build, self._backend.sessions(build), self._tokenizer, about, self._backend.device)
+            graphs = self._backend.graphs() if self._cuda_graph else None
+            sessions = self._backend.sessions(build)
+            found = Pipeline(build, sessions, self._tokenizer, about, self._backend.device, graphs)
         self._pipelines[height, width] = found
         return found
 

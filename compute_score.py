@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Score the pipeline: latency, and distance from what the original PyTorch FP32 pipeline makes, picture by picture.
 
-Writes score.json, score.csv and contact_sheet.png. Needs no network.
+Writes score.json, score.csv and contact_sheet.png; with --speed alone, a table of what fewer network evaluations cost
+and give on this machine, and speed.json. Needs no network.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ ROOT = Path(__file__).resolve().parent
 PACKAGES = ("numpy", "cv2", "torch", "transformers", "yaml", "tqdm", "onnxruntime or tensorrt")
 # Options that are passed on to hackathon.initialize where given.
 INITIALIZE = ("model", "checkpoint", "random_weights", "backend", "precision", "device")
+# What --speed asks for where no speed follows it.
+TABLE = "table"
 # What a full report needs on the disk: tables, and a sheet of eight rows.
 OUTPUT_BYTES = 16 << 20
 
@@ -41,6 +44,8 @@ def parse_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
     add("--prompt", help="default: the contest's")
     add("--seed", type=int, help="default: the contest's")
     add("--steps", type=int, metavar="N", help="sampler steps; default: the contest's 20")
+    speed = "such as 7, pd:5 or exact; alone: the table of all speeds; default: HACKATHON_SPEED, else exact"
+    add("--speed", nargs="?", const=TABLE, metavar="SPEED", help=speed)
     add("--warmup", type=int, default=1, metavar="N", help="untimed calls before the first timed one (default: 1)")
     add("--repeats", type=int, default=1, metavar="N", help="timed calls a picture, their median counts (default: 1)")
     add("--output", type=Path, default=build_folder() / "score", metavar="DIR", help="default: build/score")
@@ -85,9 +90,11 @@ def run(arguments: argparse.Namespace) -> None:
     comparer = load_comparer() if options.reference else Comparer()
     pipeline = hackathon()
     keywords = {key: getattr(arguments, key) for key in INITIALIZE}
+    keywords["speed"] = None if arguments.speed == TABLE else arguments.speed
     pipeline.initialize(**{key: value for key, value in keywords.items() if value is not None})
+    work = _compare_speeds if arguments.speed == TABLE else _score
     try:
-        _score(pipeline, comparer, options, cache, pictures, arguments)
+        work(pipeline, comparer, options, cache, pictures, arguments)
     finally:
         pipeline.close()
 
@@ -115,6 +122,35 @@ def _score(
     print(format_report(score), flush=True)
     for path in write_report(score, arguments.output, _plain(arguments)):
         print(f"wrote      {path}")
+
+
+def _compare_speeds(
+    pipeline: Any, comparer: Any, options: Any, cache: Any, pictures: List[Any], arguments: argparse.Namespace
+) -> None:
+    from tqdm import tqdm
+
+    from cldm.files import write_json
+    from scoring.report import what_runs
+    from scoring.runner import Runner
+    from scoring.speed import SpeedRunner, format_speeds, speeds_json
+
+    runner = Runner(pipeline, comparer, options, cache)
+    plans = pipeline.plans(options.request)
+    receipt = pipeline.run(pictures[0].read(), options.request, plan=plans[-1]).receipt
+    print(what_runs(receipt.to_dict(), options.warmup, options.repeats), flush=True)
+    print(f"pictures   {len(pictures)} of {pictures[0].path.parent}, each with {len(plans)} plans", flush=True)
+    with tqdm(total=len(pictures) * len(plans), unit="picture") as bar:
+
+        def progress(name: str, doing: str, done: bool) -> None:
+            bar.set_postfix_str(f"{name}: {doing}")
+            bar.update(done)
+
+        rows = SpeedRunner(runner, progress).run(plans, pictures, receipt.device)
+    not_measured = comparer.not_measured if options.reference else {}
+    print(format_speeds(rows, not_measured), flush=True)
+    path = arguments.output / "speed.json"
+    write_json(path, speeds_json(rows, not_measured, options.request, _plain(arguments)))
+    print(f"wrote      {path}")
 
 
 def _plain(arguments: argparse.Namespace) -> Dict[str, Any]:

@@ -25,6 +25,7 @@ SAMPLES=1
 base_python="${PYTHON:-}"
 dev=0
 env_only=0
+no_engines=0
 which_only=0
 network_args=()
 force_args=()
@@ -41,6 +42,7 @@ Stages: 1 Python environment, 2 ONNX export, 3 plugin and TensorRT engines (skip
   --force           export and build again what is already there
   --python PATH     interpreter to use, or to make .venv with; by default \$PYTHON, else python3
   --env-only        stage 1 only
+  --no-engines      stages 1 and 2 only
   --dev             the environment has to have what the tests and the lint need, too
   --which           print the path of the interpreter that has the packages, and do nothing else
   --help            this text
@@ -71,6 +73,7 @@ parse_options() {
                 ;;
             --force) force_args=(--force) ;;
             --env-only) env_only=1 ;;
+            --no-engines) no_engines=1 ;;
             --dev) dev=1 ;;
             --which) which_only=1 ;;
             -h | --help)
@@ -247,23 +250,26 @@ stage_export() {
 
 # Prints why no engine can be built here; nothing where one can.
 engine_obstacle() {
-    if [ ! -f "$ROOT/build_engines.py" ]; then
-        echo "this version of the repository has no build_engines.py"
-    elif ! "$python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('tensorrt') is None)"; then
+    if ! "$python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('tensorrt') is None)"; then
         echo "$python has no tensorrt package"
     elif ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
         echo "torch sees no NVIDIA GPU"
     fi
 }
 
+# The plugin is a part of it: build_engines.py has plugins/build.sh make the library where none is there that fits the
+# sources, this TensorRT and this GPU.
 stage_engines() {
-    local obstacle
+    local obstacle status=0
     obstacle="$(engine_obstacle)"
     if [ -n "$obstacle" ]; then
         echo "skipped: $obstacle; the pipeline runs without TensorRT"
         return
     fi
-    "$python" "$ROOT/build_engines.py" "${build_args[@]}"
+    "$python" "$ROOT/build_engines.py" "${build_args[@]}" || status=$?
+    if [ "$status" -ne 0 ]; then
+        fail "no engines; its own message is above. bash preprocess.sh --no-engines makes all the rest, with which the pipeline runs, too" "$status"
+    fi
 }
 
 # run_stage NUMBER TITLE FUNCTION: heading, work, time.
@@ -282,6 +288,7 @@ if [ "$which_only" -eq 1 ]; then
     exit 0
 fi
 last_stage=3
+[ "$no_engines" -eq 0 ] || last_stage=2
 [ "$env_only" -eq 0 ] || last_stage=1
 run_stage 1 "Python environment" stage_environment
 if [ "$env_only" -eq 0 ]; then
@@ -289,6 +296,6 @@ if [ "$env_only" -eq 0 ]; then
     # Later options win, so a --model of the user's takes the place of auto.
     build_args+=(${network_args[@]+"${network_args[@]}"} ${force_args[@]+"${force_args[@]}"})
     run_stage 2 "ONNX export" stage_export
-    run_stage 3 "plugin and TensorRT engines" stage_engines
+    [ "$no_engines" -eq 1 ] || run_stage 3 "plugin and TensorRT engines" stage_engines
 fi
 echo "Python for later commands: $python"

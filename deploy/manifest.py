@@ -57,9 +57,17 @@ def identity(build: Build, graph: GraphSpec, weights: Weights, kind: str = "onnx
 
 def export_command(build: Build, weights: Weights, folder: Path) -> str:
     """The command that makes the files of a build under `folder`, to be given in the repository's own folder."""
+    words = ["python3", "export_onnx.py", *build_words(build, weights)]
+    if folder.resolve() != ROOT / "build":
+        words += ["--output", str(folder.resolve())]
+    return " ".join(shlex.quote(word) for word in words)
+
+
+def build_words(build: Build, weights: Weights) -> List[str]:
+    """The options by which the commands of this repository name a build and its weights."""
     config = build.config
     file = Path(config.folder).resolve() / f"{config.name}.yaml"
-    words = ["python3", "export_onnx.py", "--model", config.name if file.parent == ROOT / "models" else str(file)]
+    words = ["--model", config.name if file.parent == ROOT / "models" else str(file)]
     words += ["--precision", build.precision, "--samples", str(build.samples)]
     words += ["--height", str(build.height), "--width", str(build.width)]
     own = config.checkpoint_path()
@@ -67,9 +75,7 @@ def export_command(build: Build, weights: Weights, folder: Path) -> str:
         words += ["--random-weights", str(weights.seed)]
     elif weights.path is not None and weights.path != own:
         words += ["--checkpoint", str(weights.path.resolve())]
-    if folder.resolve() != ROOT / "build":
-        words += ["--output", str(folder.resolve())]
-    return " ".join(shlex.quote(word) for word in words)
+    return words
 
 
 def manifest_path(file: Path) -> Path:

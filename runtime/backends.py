@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any, Callable, Dict, Mapping, Optional, Protocol, Tuple
+from typing import Any, Callable, List, Mapping, Optional, Protocol, Tuple
 
 from cldm.weights import Weights
 from deploy.manifest import ArtefactError, check_artefact, export_command, identity
 from deploy.spec import Build, graph_specs
 from runtime.choose import cuda_problem
+from runtime.cuda_graph import GraphCapture
+from runtime.cuda_runtime import driver_problem
 from runtime.session import Session
+from runtime.torch_backend import TorchBackend
 
 Report = Callable[[str], None]
+# Gives the build that is to run, in the precision that a backend prefers where the user names none.
+Wanted = Callable[[str], Build]
 
 
 class BackendError(RuntimeError):
@@ -38,38 +43,11 @@ class Backend(Protocol):
     def sessions(self, build: Build) -> Mapping[str, Session]:
         """Sessions for the graphs of a build, by graph name."""
 
+    def graphs(self) -> Optional[GraphCapture]:
+        """What captures the work of one pipeline's sessions as CUDA graphs; None where they are not on a GPU."""
+
     def close(self) -> None:
         """Free what the sessions share."""
-
-
-class TorchBackend:
-    """The graphs' modules run by PyTorch; modules are shared by the sizes they are asked for."""
-
-    name = "torch"
-
-    def __init__(self, weights: Weights, load: Callable[[], Any], device: str) -> None:
-        self.device = device
-        self.precisions = ("fp32", "fp16", "bf16") if device == "cpu" else ("fp16", "fp32", "bf16")
-        self._load = load
-        self._modules: Dict[Tuple[str, int], Dict[str, Any]] = {}
-        self._model: Any = None
-
-    def sessions(self, build: Build) -> Mapping[str, Session]:
-        from deploy.graphs import build_graph
-        from runtime.torch_session import TorchSession
-
-        specs = graph_specs(build)
-        key = (build.precision, build.samples)
-        if key not in self._modules:
-            model = self._load().to(self.device)
-            if build.precision == "fp32":
-                self._model = model  # shares its weights with the graphs, and spares the reference a second copy
-            self._modules[key] = {name: build_graph(name, model, *key) for name in specs}
-        return {name: TorchSession(self._modules[key][name], spec) for name, spec in specs.items()}
-
-    def close(self) -> None:
-        self._modules.clear()
-        self._model = None
 
 
 class OnnxRuntimeBackend:
@@ -119,6 +97,9 @@ class OnnxRuntimeBackend:
             export_all(build, self._weights, self._load, self._folder, report=self._report)
         return {name: OrtSession(target / spec.file, spec) for name, spec in specs.items()}
 
+    def graphs(self) -> Optional[GraphCapture]:
+        return None
+
     def close(self) -> None:
         """Its sessions share nothing."""
 
@@ -136,22 +117,26 @@ def choose_backend(
     folder: Path,
     export: bool = True,
     report: Report = print,
+    wanted: Optional[Wanted] = None,
 ) -> Tuple[Backend, str]:
     """The backend asked for, or the first of the preferred ones that can run, and the reason.
 
     Parameters
     ----------
-    name : {"torch", "onnxruntime", "auto"} or None
+    name : {"tensorrt", "torch", "onnxruntime", "auto"} or None
     device : str or None
         "cpu", "cuda", "cuda:1", ...; by default a CUDA device where there is one.
+    wanted : callable, optional
+        Takes a precision and gives the build that TensorRT's plans are looked for of; without it TensorRT is chosen
+        only where it is asked for.
 
     Raises
     ------
     BackendError
         The backend or the device asked for is unknown, cannot run, or the two do not go together.
     """
-    if name not in (None, "auto", "torch", "onnxruntime"):
-        raise BackendError(f"unknown backend {name!r}; there are torch and onnxruntime")
+    if name not in (None, "auto", "tensorrt", "torch", "onnxruntime"):
+        raise BackendError(f"unknown backend {name!r}; there are tensorrt, torch and onnxruntime")
     if name == "onnxruntime":
         if device not in (None, "cpu"):
             raise BackendError(f"the onnxruntime backend runs on the CPU, not on {device}")
@@ -159,31 +144,77 @@ def choose_backend(
         if problem:
             raise BackendError(f"onnxruntime cannot run here: {problem}")
         return OnnxRuntimeBackend(weights, load, folder, export, report), "asked for"
-    if name == "torch" or device not in (None, "cpu"):
-        return TorchBackend(weights, load, _torch_device(device)), "asked for"
-    return _first_that_can_run(device, weights, load, folder, export, report)
+    if name == "tensorrt":
+        return _tensorrt(device, weights, folder), "asked for"
+    if name == "torch":
+        return TorchBackend(weights, load, _torch_device(device), folder, report), "asked for"
+    # A device that was asked for and is not there is an error, and no reason to take another.
+    found = _torch_device(device)
+    if found != "cpu":
+        return _first_on_cuda(found, weights, load, folder, wanted, report)
+    problem = _why_no_cuda() if device is None else "the CPU was asked for"
+    return _first_on_cpu([f"tensorrt and torch on CUDA: {problem}"], weights, load, folder, export, report)
 
 
-def _first_that_can_run(
-    device: Optional[str], weights: Weights, load: Callable[[], Any], folder: Path, export: bool, report: Report
+def _tensorrt(device: Optional[str], weights: Weights, folder: Path) -> Backend:
+    from deploy.tensorrt_versions import TensorRTError
+    from runtime.tensorrt_backend import TensorRTBackend
+
+    if device == "cpu":
+        raise BackendError("the tensorrt backend runs on a CUDA device, not on the CPU")
+    problem = _why_no_cuda()
+    if problem:
+        raise BackendError(f"tensorrt cannot run here: {problem}")
+    try:
+        return TensorRTBackend(weights, folder, _torch_device(device))
+    except TensorRTError as error:
+        raise BackendError(f"tensorrt cannot run here: {error}") from error
+
+
+def _first_on_cuda(
+    device: str,
+    weights: Weights,
+    load: Callable[[], Any],
+    folder: Path,
+    wanted: Optional[Wanted],
+    report: Report,
 ) -> Tuple[Backend, str]:
-    problem = "the CPU was asked for" if device == "cpu" else cuda_problem()
-    if problem is None:
-        return TorchBackend(weights, load, _torch_device(device)), "a CUDA device, the first choice here"
-    passed = [f"torch on CUDA: {problem}"]
+    """TensorRT where its plans are there, else PyTorch."""
+    from deploy.tensorrt_versions import TensorRTError
+    from runtime.tensorrt_backend import TensorRTBackend
+
+    try:
+        backend = TensorRTBackend(weights, folder, device)
+        if wanted is None:
+            raise TensorRTError("it was not asked for")
+        backend.check(wanted(backend.precisions[0]))
+    except (TensorRTError, ArtefactError) as error:
+        return TorchBackend(weights, load, device, folder, report), f"first that can run; tensorrt: {error}"
+    return backend, "its engines are built, the first choice on a CUDA device"
+
+
+def _first_on_cpu(
+    passed: List[str], weights: Weights, load: Callable[[], Any], folder: Path, export: bool, report: Report
+) -> Tuple[Backend, str]:
     problem = onnxruntime_problem()
     if problem is None:
         backend = OnnxRuntimeBackend(weights, load, folder, export, report)
         return backend, "; ".join(["first that can run", *passed])
-    passed.append(f"onnxruntime: {problem}")
-    return TorchBackend(weights, load, "cpu"), "; ".join(["all that is left", *passed])
+    reason = "; ".join(["all that is left", *passed, f"onnxruntime: {problem}"])
+    return TorchBackend(weights, load, "cpu", folder, report), reason
+
+
+def _why_no_cuda() -> Optional[str]:
+    """Why there is no CUDA device to run on, or None if there is."""
+    problem = cuda_problem()
+    return problem and (driver_problem() or problem)
 
 
 def _torch_device(device: Optional[str]) -> str:
     """A device that torch has; raises `BackendError` for any other."""
     import torch
 
-    problem = cuda_problem()
+    problem = _why_no_cuda()
     if device is None:
         return "cpu" if problem else "cuda"
     try:

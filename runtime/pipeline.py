@@ -3,14 +3,18 @@
 The host resizes, finds edges, tokenises and draws noise; everything else happens inside the graphs, which hand tensors
 to each other in the workspace. The latent and the predicted noise alternate between two buffers each, so that a step
 never writes what it reads.
+
+On a GPU all of that, with the copies to and from the host, is captured as one CUDA graph on the first image of a number
+of evaluations and launched for every later one. Nothing in it depends on a request: what a request changes is written
+into buffers before the launch.
 """
 
 from __future__ import annotations
 
-import time
+import contextlib
 from collections import OrderedDict
 from dataclasses import dataclass, replace
-from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, TypeVar
 
 import numpy as np
 
@@ -19,13 +23,23 @@ from cldm.request import Request
 from cldm.result import Receipt, Result
 from deploy.spec import Build, graph_specs
 from ldm.plans import SamplingPlan, exact_plan
+from runtime.cuda_graph import CapturedGraph, GraphCapture
 from runtime.session import Bound, Session
-from runtime.workspace import Workspace
+from runtime.stream import HostStream, StageClock, Stream, make_stream
+from runtime.workspace import Workspace, aligned_rows
 
-# Schedules whose bindings and time biases are kept; beyond that the least recently used goes.
+# Of each kind this many are kept, and beyond that the least recently used goes: schedule lengths with their bindings
+# and CUDA graphs, lists of timesteps with their time biases, pairs of texts with their token ids.
 KEPT_SCHEDULES = 8
+KEPT_TIMES = 8
+KEPT_TEXTS = 64
+# What the host writes for each image.
+INPUTS = ("token_ids", "canny", "control_scales", "guidance_scale")
 
 Progress = Callable[[int, int], None]
+Mark = Callable[[str], None]
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 
 class BrokenOutput(RuntimeError):
@@ -42,12 +56,48 @@ class About:
 
 
 class _Schedule:
-    """What the evaluations at one list of timesteps need, bound once."""
+    """What a number of evaluations needs: fixed buffers, the steps bound to them, and their CUDA graph.
 
-    def __init__(self, steps: List[Bound], time_biases: Any, coefficients: Any) -> None:
+    Parameters
+    ----------
+    steps : list of Bound
+    time_biases : (E, total) tensor
+    coefficients : (E, 3) float32 tensor
+    fresh_noise : (E, N, 4, h, w) float32 tensor or None
+        For schedules that add noise of their own to each step.
+    """
+
+    def __init__(self, steps: List[Bound], time_biases: Any, coefficients: Any, fresh_noise: Any) -> None:
         self.steps = steps
         self.time_biases = time_biases
         self.coefficients = coefficients
+        self.fresh_noise = fresh_noise
+        self.graph: Optional[CapturedGraph] = None
+        self._holds: Optional[SamplingPlan] = None
+
+    @property
+    def last(self) -> int:
+        """Which of the two latents the last step writes."""
+        return len(self.steps) % 2
+
+    @property
+    def outputs(self) -> Tuple[str, str]:
+        """Names of the final latent and the images."""
+        return f"latent_{self.last}", "image"
+
+    def load(self, plan: SamplingPlan, time_biases: Any) -> None:
+        """Write a plan's rows and time biases, unless they are what was written last."""
+        held = self._holds
+        if held is None or not np.array_equal(held.timesteps, plan.timesteps):
+            self.time_biases.copy_(time_biases)
+        if held is None or not np.array_equal(held.rows, plan.rows):
+            self.coefficients.copy_(_as_float32(plan.rows))
+        self._holds = plan
+
+    def close(self) -> None:
+        graph, self.graph = self.graph, None
+        if graph is not None:
+            graph.close()
 
 
 class Pipeline:
@@ -58,26 +108,46 @@ class Pipeline:
     build : Build
         Size, samples a run and precision that the sessions are for.
     sessions : mapping of str to Session
-        text, hint, time, step and decode.
+        text, hint, time, step and decode; the pipeline closes them, also where it cannot be made.
     tokenizer : callable
         Texts to ((B, 77) int32 ids, warnings).
     about : About
         For the receipts.
     device : str
         Where the sessions run; the noise is drawn there.
+    graphs : GraphCapture, optional
+        Captures CUDA graphs of the sessions' work; without it each image is enqueued anew.
     """
 
     def __init__(
-        self, build: Build, sessions: Mapping[str, Session], tokenizer: Any, about: About, device: str = "cpu"
+        self,
+        build: Build,
+        sessions: Mapping[str, Session],
+        tokenizer: Any,
+        about: About,
+        device: str = "cpu",
+        graphs: Optional[GraphCapture] = None,
     ) -> None:
         self.build = build
         self.sessions = dict(sessions)
         self.tokenizer = tokenizer
         self.about = about
         self.device = device
-        self.workspace = Workspace(device)
-        self._schedules: OrderedDict[Tuple[int, ...], _Schedule] = OrderedDict()
-        self._allocate()
+        self.workspace = Workspace(device, staged=graphs is not None or device.startswith("cuda"))
+        self._graphs = graphs
+        self._graph_problem: Optional[str] = None
+        self._schedules: OrderedDict[Tuple[int, bool], _Schedule] = OrderedDict()
+        self._times: OrderedDict[Tuple[int, ...], Any] = OrderedDict()
+        self._texts: OrderedDict[Tuple[str, str], Tuple[np.ndarray, List[str]]] = OrderedDict()
+        self._bound: Dict[str, Bound] = {}
+        self._stream: Stream = HostStream()
+        try:
+            self._stream = make_stream(device)
+            with self._stream.entered():
+                self._allocate()
+        except BaseException:
+            self.close()
+            raise
 
     def _allocate(self) -> None:
         specs = graph_specs(self.build)
@@ -88,7 +158,7 @@ class Pipeline:
         alternating = ("latent", "latent_next", "noise_last", "noise", "coefficients", "time_bias")
         for spec in specs.values():
             self.workspace.add_graph(spec, skip=alternating)
-        self._bound = {name: self._bind(name) for name in ("text", "hint")}
+        self._bound.update((name, self._bind(name)) for name in ("text", "hint"))
         for i in (0, 1):
             self._bound[f"decode_{i}"] = self._bind("decode", latent=f"latent_{i}")
 
@@ -102,26 +172,31 @@ class Pipeline:
         return session.bind(buffers)
 
     def _schedule(self, plan: SamplingPlan) -> _Schedule:
-        """Bindings and time biases of a plan's timesteps, made on their first use."""
-        key = tuple(plan.timesteps.tolist())
-        found = self._schedules.pop(key, None)
-        if found is None:
-            found = self._make_schedule(plan.timesteps)
-        self._schedules[key] = found
-        while len(self._schedules) > KEPT_SCHEDULES:
-            self._schedules.popitem(last=False)
-        return found
+        """Buffers and bindings of a plan's number of evaluations, made on their first use, with the plan written."""
+        key = (len(plan.indices), plan.fresh_noise)
+        schedule = _recent(
+            self._schedules, key, lambda: self._make_schedule(*key), KEPT_SCHEDULES, lambda dropped: dropped.close()
+        )
+        times = tuple(plan.timesteps.tolist())
+        schedule.load(plan, _recent(self._times, times, lambda: self._time_biases(plan.timesteps), KEPT_TIMES))
+        return schedule
 
-    def _make_schedule(self, timesteps: np.ndarray) -> _Schedule:
+    def _time_biases(self, timesteps: np.ndarray) -> Any:
         import torch
 
-        num_steps = len(timesteps)
-        spec = self.sessions["time"].spec
-        output = spec.outputs["time_biases"]
-        biases = torch.zeros((num_steps, int(output.shape[1])), dtype=getattr(torch, output.dtype), device=self.device)
+        output = self.sessions["time"].spec.outputs["time_biases"]
+        shape = (len(timesteps), int(output.shape[1]))
+        biases = torch.zeros(shape, dtype=getattr(torch, output.dtype), device=self.device)
         steps_in = torch.from_numpy(timesteps.astype(np.int32)).to(self.device)
         self._bind("time", timesteps=steps_in, time_biases=biases).enqueue()
-        coefficients = torch.zeros((num_steps, 3), dtype=torch.float32, device=self.device)
+        return biases
+
+    def _make_schedule(self, evaluations: int, fresh_noise: bool) -> _Schedule:
+        import torch
+
+        output = self.sessions["time"].spec.outputs["time_biases"]
+        biases = aligned_rows(evaluations, int(output.shape[1]), output.dtype, self.device)
+        coefficients = aligned_rows(evaluations, 3, "float32", self.device)
         steps = [
             self._bind(
                 "step",
@@ -132,9 +207,10 @@ class Pipeline:
                 time_bias=biases[i : i + 1],
                 coefficients=coefficients[i : i + 1],
             )
-            for i in range(num_steps)
+            for i in range(evaluations)
         ]
-        return _Schedule(steps, biases, coefficients)
+        shape = (evaluations, *self.build.latent_shape)
+        return _Schedule(steps, biases, coefficients, torch.zeros(shape, device=self.device) if fresh_noise else None)
 
     def generate(
         self,
@@ -157,6 +233,14 @@ class Pipeline:
         plan : SamplingPlan, optional
             Which of the request's steps are evaluated; all by default.
 
+        Returns
+        -------
+        Result
+            Its receipt has the milliseconds of "host", "schedule" (time biases of new timesteps), "text", "hint",
+            "steps" and "decode". Where a CUDA graph was launched the last four are one, "device": from the launch to
+            the last kernel's end, by events before and after it, as events inside a graph cannot be read; "host" is
+            then all else. The call that captures adds "capture".
+
         Raises
         ------
         TypeError, ValueError
@@ -165,9 +249,20 @@ class Pipeline:
         BrokenOutput
             NaN or a flat image; the message names the stage.
         """
+        with self._stream.entered():
+            return self._generate(image, request, latents, progress, plan)
+
+    def _generate(
+        self,
+        image: Any,
+        request: Request,
+        latents: Optional[Any],
+        progress: Optional[Progress],
+        plan: Optional[SamplingPlan],
+    ) -> Result:
         from cldm.noise import choose_seed, draw_noise
 
-        clock = _StageClock(self.device)
+        clock = StageClock(self._stream)
         request = replace(request, seed=choose_seed(request.seed))
         plan = self._check_plan(request, plan)
         canny = canny_map(image, request.image_resolution, request.low_threshold, request.high_threshold)
@@ -176,15 +271,16 @@ class Pipeline:
                 f"the picture resizes to {canny.shape[0]} x {canny.shape[1]}, but these graphs are for"
                 f" {self.build.height} x {self.build.width}"
             )
-        ids, warnings = self.tokenizer([request.conditional_text, request.negative_prompt])
+        texts = (request.conditional_text, request.negative_prompt)
+        ids, warnings = _recent(self._texts, texts, lambda: self.tokenizer(list(texts)), KEPT_TEXTS)
         shape = (request.num_samples, *self.build.latent_shape[1:])
         initial, noise = draw_noise(request.seed, shape, request.ddim_steps, request.eta, self.device, latents)
+        self._write_inputs(request, canny, ids)
         clock.mark("host")
-        self._condition(request, canny, ids, clock)
         schedule = self._schedule(plan)
-        schedule.coefficients.copy_(_as_float32(plan.rows))
         clock.mark("schedule")
         images, finals = self._run(schedule, initial, noise, clock, progress)
+        told = [] if self._graph_problem is None else [self._graph_problem]
         receipt = Receipt(
             model=self.build.config.name,
             weights=self.about.weights,
@@ -199,9 +295,28 @@ class Pipeline:
             evaluations=len(plan.indices),
             sampling=str(plan),
             milliseconds=clock.milliseconds(),
-            warnings=tuple(warnings),
+            warnings=(*warnings, *told),
         )
         return Result(images, canny, finals, receipt)
+
+    def prepare(self, plan: SamplingPlan) -> None:
+        """Run and capture a plan's number of evaluations, so that its first image is as fast as the later ones.
+
+        Does nothing where no graphs are captured.
+        """
+        from cldm.noise import draw_noise
+
+        if self._graphs is None or self._graph_problem is not None:
+            return
+        with self._stream.entered():
+            schedule = self._schedule(plan)
+            shape = self.build.latent_shape
+            initial, noise = draw_noise(0, shape, len(plan.indices), float(plan.fresh_noise), self.device)
+            self._write_noise(schedule, initial, noise)
+            self._enqueue(schedule)
+            self._stream.wait()
+            if schedule.graph is None and np.isfinite(self.workspace.read(schedule.outputs[0])).all():
+                self._capture(schedule, initial, noise)
 
     def _check_plan(self, request: Request, plan: Optional[SamplingPlan]) -> SamplingPlan:
         """The plan asked for, or plain DDIM."""
@@ -215,56 +330,112 @@ class Pipeline:
             )
         return plan
 
-    def _condition(self, request: Request, canny: np.ndarray, ids: np.ndarray, clock: _StageClock) -> None:
-        """Write what stays the same in all steps, and run the text and hint graphs."""
+    def _write_inputs(self, request: Request, canny: np.ndarray, ids: np.ndarray) -> None:
+        """Write what stays the same in all steps."""
         self.workspace.write("token_ids", ids)
         self.workspace.write("canny", canny)
         scales = request.control_scales(self.build.config.num_controls)
         self.workspace.write("control_scales", np.asarray(scales, np.float32))
         self.workspace.write("guidance_scale", np.asarray([request.guidance_scale], np.float32))
-        self._bound["text"].enqueue()
-        clock.mark("text")
-        self._bound["hint"].enqueue()
-        clock.mark("hint")
+
+    def _write_noise(self, schedule: _Schedule, initial: Any, noise: Any) -> None:
+        """Write a run's noise. An incomplete last run repeats its first sample in the places that nobody reads."""
+        count = initial.shape[0]
+        self.workspace["latent_0"][:count].copy_(initial)
+        self.workspace["latent_0"][count:].copy_(initial[:1])
+        if noise is not None:
+            schedule.fresh_noise[:, :count].copy_(noise)
 
     def _run(
-        self, schedule: _Schedule, initial: Any, noise: Any, clock: _StageClock, progress: Optional[Progress]
+        self, schedule: _Schedule, initial: Any, noise: Any, clock: StageClock, progress: Optional[Progress]
     ) -> Tuple[List[np.ndarray], np.ndarray]:
         """Sample and decode all images, as many at a time as the graphs take."""
         total, size = initial.shape[0], self.build.samples
         images: List[np.ndarray] = []
         finals: List[np.ndarray] = []
         runs = -(-total // size)
+        conditioned = False
         for run in range(runs):
             part = slice(run * size, min((run + 1) * size, total))
-            count = part.stop - part.start
-            self._sample(schedule, initial[part], None if noise is None else noise[:, part], progress, (run, runs))
-            clock.mark("steps")
-            last = len(schedule.steps) % 2
-            self._bound[f"decode_{last}"].enqueue()
-            final, decoded = self.workspace.read(f"latent_{last}"), self.workspace.read("image")
-            clock.mark("decode")
-            self._check(schedule, final[:count], decoded[:count])
-            finals.append(final[:count])
-            images.extend(decoded[:count])
+            noises = initial[part], None if noise is None else noise[:, part]
+            self._write_noise(schedule, *noises)
+            with_graph = self._graphs is not None and self._graph_problem is None and progress is None
+            if with_graph and schedule.graph is not None:
+                schedule.graph.launch()
+                clock.mark("device")
+            else:
+                counted = _counted(progress, run, runs, len(schedule.steps))
+                self._enqueue(schedule, clock.mark, counted, with_conditions=not conditioned)
+                conditioned = True
+            final, decoded = self._read(schedule, part.stop - part.start)
+            finals.append(final)
+            images.extend(decoded)
+            if with_graph and schedule.graph is not None:
+                clock.mark("host")
+            elif with_graph:
+                self._capture(schedule, *noises)
+                conditioned = False  # the memory was poisoned
+                clock.mark("capture")
         return images, np.concatenate(finals)
 
-    def _sample(
-        self, schedule: _Schedule, initial: Any, noise: Any, progress: Optional[Progress], run: Tuple[int, int]
+    def _enqueue(
+        self,
+        schedule: _Schedule,
+        mark: Mark = lambda stage: None,
+        counted: Callable[[int], None] = lambda done: None,
+        with_conditions: bool = True,
     ) -> None:
-        """The S steps. An incomplete last run repeats its first sample in the places that nobody reads."""
-        count, steps = initial.shape[0], len(schedule.steps)
-        self.workspace["latent_0"][:count].copy_(initial)
-        self.workspace["latent_0"][count:].copy_(initial[:1])
+        """All the work of a run, from the host's inputs to its outputs; the text and the hint are not to be repeated
+        in further runs of the same request."""
+        if with_conditions:
+            for name in INPUTS:
+                self.workspace.upload(name)
+            for stage in ("text", "hint"):
+                self._bound[stage].enqueue()
+                mark(stage)
+        if schedule.fresh_noise is None:
+            # Its coefficient is 0, but 0 times what an earlier run may have left (NaN) is not.
+            self.workspace["noise_0"].zero_()
         for i, step in enumerate(schedule.steps):
-            if noise is None and i == 0:
-                # Its coefficient is 0, but 0 times what an earlier run may have left (NaN) is not.
-                self.workspace["noise_0"].zero_()
-            elif noise is not None:
-                self.workspace[f"noise_{i % 2}"][:count].copy_(noise[i])
+            if schedule.fresh_noise is not None:
+                self.workspace[f"noise_{i % 2}"].copy_(schedule.fresh_noise[i])
             step.enqueue()
-            if progress is not None:
-                progress(run[0] * steps + i + 1, run[1] * steps)
+            counted(i + 1)
+        mark("steps")
+        self._bound[f"decode_{schedule.last}"].enqueue()
+        for name in schedule.outputs:
+            self.workspace.download(name)
+        mark("decode")
+
+    def _capture(self, schedule: _Schedule, initial: Any, noise: Any) -> None:
+        """Make the graph of a run that has just been done; where that fails, do without, and let receipts say so."""
+        wanted = [self.workspace.host(name).clone() for name in schedule.outputs]
+        try:
+            schedule.graph = self._graphs.capture(lambda: self._enqueue(schedule))
+            if not self._gives(schedule, initial, noise, wanted):
+                raise RuntimeError("its first launch gave something else than the run that it was captured from")
+        except Exception as error:
+            self._graph_problem = f"runs without a CUDA graph, slower, as making one failed: {_in_words(error)}"
+            with contextlib.suppress(Exception):  # the failure is told; what it left is freed as far as it goes
+                schedule.close()
+
+    def _gives(self, schedule: _Schedule, initial: Any, noise: Any, wanted: List[Any]) -> bool:
+        """Whether a launch of the graph gives these outputs, bit by bit.
+
+        It begins with all memory but the inputs poisoned, so that nothing of an earlier run can pass for its own.
+        """
+        self.workspace.poison(harmless=INPUTS)
+        self._write_noise(schedule, initial, noise)
+        schedule.graph.launch()
+        self._stream.wait()
+        return all(_same_bits(self.workspace.host(name), value) for name, value in zip(schedule.outputs, wanted))
+
+    def _read(self, schedule: _Schedule, count: int) -> Tuple[np.ndarray, np.ndarray]:
+        """Final latents and images of a run once it is done; raises `BrokenOutput` where it went wrong."""
+        self._stream.wait()
+        final, decoded = (self.workspace.read(name)[:count] for name in schedule.outputs)
+        self._check(schedule, final, decoded)
+        return final, decoded
 
     def _check(self, schedule: _Schedule, latent: np.ndarray, images: np.ndarray) -> None:
         """Raise `BrokenOutput` where a run went wrong; only then look for the stage at which it began."""
@@ -291,12 +462,19 @@ class Pipeline:
         )
 
     def close(self) -> None:
-        """Free the sessions and the workspace."""
-        self._schedules.clear()
-        self._bound.clear()
-        for session in self.sessions.values():
-            session.close()
-        self.workspace.clear()
+        """Free the graphs, the sessions and the workspace, each also where freeing another fails."""
+        stream, self._stream = self._stream, HostStream()
+        with contextlib.ExitStack() as stack:  # the last goes first
+            stack.callback(stream.close)
+            stack.callback(self.workspace.clear)
+            for session in self.sessions.values():
+                stack.callback(session.close)
+            for schedule in self._schedules.values():
+                stack.callback(schedule.close)
+            stack.callback(stream.wait)
+            self._schedules.clear()
+            self._times.clear()
+            self._bound.clear()
 
 
 def _as_float32(value: Any) -> Any:
@@ -305,40 +483,39 @@ def _as_float32(value: Any) -> Any:
     return torch.as_tensor(value).to(torch.float32)
 
 
-class _StageClock:
-    """Wall time between marks. On a GPU events are put into the stream, and only the end waits for them."""
+def _counted(progress: Optional[Progress], run: int, runs: int, steps: int) -> Callable[[int], None]:
+    """Progress of one run as progress of all of them."""
+    if progress is None:
+        return lambda done: None
+    report = progress
+    return lambda done: report(run * steps + done, runs * steps)
 
-    def __init__(self, device: str) -> None:
-        self._cuda = device.startswith("cuda")
-        self._device = device
-        self._start = time.perf_counter()
-        self._marks: List[Tuple[str, Any]] = []
-        self._first = self._now()
 
-    def _now(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        import torch
+def _recent(
+    kept: OrderedDict[Key, Value],
+    key: Key,
+    make: Callable[[], Value],
+    most: int,
+    drop: Callable[[Value], None] = lambda dropped: None,
+) -> Value:
+    """The value of a key, made where there is none; the least recently used goes where there are more than `most`."""
+    found = kept.pop(key) if key in kept else make()
+    kept[key] = found
+    while len(kept) > most:
+        drop(kept.popitem(last=False)[1])
+    return found
 
-        with torch.cuda.device(self._device):
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-        return event
 
-    def mark(self, stage: str) -> None:
-        """The time since the last mark belongs to `stage`."""
-        self._marks.append((stage, self._now()))
+def _same_bits(one: Any, other: Any) -> bool:
+    import torch
 
-    def milliseconds(self) -> Dict[str, float]:
-        """Time of each stage, and of all from the start until now. On a GPU this waits for the last mark."""
-        if self._cuda:
-            self._marks[-1][1].synchronize()
-        total = 1e3 * (time.perf_counter() - self._start)
-        spent: Dict[str, float] = {}
-        before = self._first
-        for stage, now in self._marks:
-            took = before.elapsed_time(now) if self._cuda else 1e3 * (now - before)
-            spent[stage] = spent.get(stage, 0.0) + took
-            before = now
-        spent["total"] = total
-        return spent
+    return bool(torch.equal(one.view(torch.uint8), other.view(torch.uint8)))
+
+
+def _in_words(error: Optional[BaseException]) -> str:
+    """The first lines of an error and of those it came after: ending a broken capture raises one of its own."""
+    lines = []
+    while error is not None:
+        lines.append((str(error) or type(error).__name__).splitlines()[0])
+        error = error.__context__
+    return "; then ".join(reversed(lines))

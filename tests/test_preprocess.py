@@ -17,6 +17,8 @@ from typing import Dict, List, Optional
 
 import pytest
 
+import build_engines
+
 ROOT = Path(__file__).resolve().parent.parent
 BASE_PACKAGES = ["torch", "onnx", "numpy", "cv2", "yaml", "transformers", "polygraphy", "tqdm", "onnxruntime"]
 DEV_PACKAGES = ["pytest", "pytest_timeout", "ruff", "diffusers", "accelerate", "skimage", "psutil"]
@@ -95,7 +97,7 @@ class Machine:
             shutil.copy(str(ROOT / name), str(self.clone / name))
         (self.clone / "requirements.txt").write_text("torch==0\n")
         (self.clone / "requirements-dev.txt").write_text("-r requirements.txt\npytest==0\n")
-        for name in ("export_onnx.py", "compute_score.py"):
+        for name in ("export_onnx.py", "build_engines.py", "compute_score.py"):
             (self.clone / name).write_text(LOG_ARGUMENTS)
         for tool in TOOLS:
             found = shutil.which(tool)
@@ -297,7 +299,7 @@ def test_bad_options_are_errors(machine: Machine, options: List[str]) -> None:
 def test_help_names_every_option(machine: Machine) -> None:
     result = machine.run("--help")
     assert result.returncode == 0
-    for option in ("--model", "--precision", "--force", "--python", "--env-only", "--dev", "--which"):
+    for option in ("--model", "--precision", "--force", "--python", "--env-only", "--no-engines", "--dev", "--which"):
         assert option in result.stdout
 
 
@@ -334,11 +336,7 @@ def test_runs_from_any_folder_and_takes_a_relative_python(machine: Machine, tmp_
 def test_without_tensorrt_the_last_stage_is_skipped_and_says_why(equipped: Machine) -> None:
     result = equipped.run()
     assert result.returncode == 0
-    assert "skipped: this version of the repository has no build_engines.py" in result.stdout
-    (equipped.clone / "build_engines.py").write_text(LOG_ARGUMENTS)
-    result = equipped.run()
-    assert result.returncode == 0
-    assert "has no tensorrt package" in result.stdout
+    assert f"skipped: {equipped.python} has no tensorrt package; the pipeline runs without TensorRT" in result.stdout
     equipped.add_packages("tensorrt")
     cuda = "class cuda:\n    @staticmethod\n    def is_available():\n        return {}\n"
     (equipped.prefix / "stubs" / "torch.py").write_text(cuda.format(False))
@@ -348,14 +346,38 @@ def test_without_tensorrt_the_last_stage_is_skipped_and_says_why(equipped: Machi
     assert not equipped.calls("build_engines.py")
 
 
-def test_with_tensorrt_and_a_gpu_the_engines_are_built(equipped: Machine) -> None:
+@pytest.fixture
+def with_tensorrt(equipped: Machine) -> Machine:
+    """A machine with TensorRT and a GPU."""
     equipped.add_packages("tensorrt")
-    (equipped.clone / "build_engines.py").write_text(LOG_ARGUMENTS)
     (equipped.prefix / "stubs" / "torch.py").write_text("class cuda:\n    is_available = staticmethod(lambda: True)\n")
-    result = equipped.run("--precision", "fp16")
+    return equipped
+
+
+def test_with_tensorrt_and_a_gpu_the_engines_are_built(with_tensorrt: Machine) -> None:
+    result = with_tensorrt.run("--precision", "fp16", "--force")
     assert result.returncode == 0, result.stderr
-    expected = [*EXPORT_ARGUMENTS, "--precision", "fp16"]
-    assert [json.loads(call) for call in equipped.calls("build_engines.py")] == [expected]
+    expected = [*EXPORT_ARGUMENTS, "--precision", "fp16", "--force"]
+    assert [json.loads(call) for call in with_tensorrt.calls("build_engines.py")] == [expected]
+    # Every option of the stage is one that the real command takes.
+    assert build_engines.parse_arguments(expected).precision == "fp16"
+
+
+def test_engines_can_be_left_out(with_tensorrt: Machine) -> None:
+    result = with_tensorrt.run("--no-engines")
+    assert result.returncode == 0, result.stderr
+    assert "stage 2 of 2" in result.stdout and "stage 3" not in result.stdout
+    assert len(with_tensorrt.calls("export_onnx.py")) == 1 and not with_tensorrt.calls("build_engines.py")
+    assert result.stdout.splitlines()[-1] == f"Python for later commands: {with_tensorrt.python}"
+
+
+def test_failing_engines_end_the_run_and_say_how_to_do_without(with_tensorrt: Machine) -> None:
+    script = with_tensorrt.clone / "build_engines.py"
+    script.write_text(LOG_ARGUMENTS.replace("FAKE_EXPORT_STATUS", "FAKE_ENGINE_STATUS"))
+    result = with_tensorrt.run(FAKE_ENGINE_STATUS="5")
+    assert result.returncode == 5
+    assert "no engines" in result.stderr and "--no-engines" in result.stderr
+    assert "Python for later commands" not in result.stdout
 
 
 def test_which_prints_the_interpreter_and_changes_nothing(machine: Machine) -> None:

@@ -146,3 +146,35 @@ def test_workspace_keeps_one_tensor_a_name() -> None:
     assert float(workspace["latent"].sum()) == 24
     with pytest.raises(ValueError, match="latent has shape"):
         workspace.write("latent", np.ones((4, 2, 3)))
+
+
+def test_a_staged_workspace_reads_and_writes_host_copies() -> None:
+    workspace = Workspace("cpu", staged=True)
+    tensor = workspace.add("latent", (2, 3), "float16")
+    workspace.write("latent", np.full((2, 3), 1.5))
+    assert not tensor.any()
+    workspace.upload("latent")
+    assert bool((tensor == 1.5).all())
+    tensor.fill_(7)
+    assert (workspace.read("latent") == 1.5).all()
+    workspace.download("latent")
+    read = workspace.read("latent")
+    assert read.dtype == np.float32
+    assert (read == 7).all()
+    read[:] = 0
+    assert (workspace.read("latent") == 7).all()
+    assert workspace.host("latent").data_ptr() != tensor.data_ptr()
+
+
+def test_poison_spares_inputs_alone() -> None:
+    workspace = Workspace("cpu", staged=True)
+    for name, dtype in (("token_ids", "int32"), ("latent", "float32"), ("image", "uint8"), ("hint", "float16")):
+        workspace.add(name, (2, 3), dtype).fill_(5)
+        workspace.host(name).fill_(6)
+    workspace.poison(harmless=["token_ids"])
+    assert not workspace["token_ids"].any()
+    assert bool((workspace.host("token_ids") == 6).all())
+    for tensors in (workspace.__getitem__, workspace.host):
+        assert bool(tensors("latent").isnan().all())
+        assert bool(tensors("hint").isnan().all())
+        assert bool((tensors("image") == 255).all())

@@ -60,6 +60,7 @@ def what_runs(receipt: Dict[str, Any], warmup: int, repeats: int) -> str:
         f"precision  {receipt['precision']} on {receipt['device']}",
         f"image      {receipt['width']} x {receipt['height']}, {receipt['evaluations']} network evaluations,"
         f" seed {receipt['seed']}",
+        f"sampling   {receipt['sampling']}",
         f"latency    wall clock of process(), {_count(repeats, 'timed call')} a picture"
         f"{', their median' if repeats > 1 else ''}, after {warmup + 1} untimed",
     ]
@@ -122,7 +123,7 @@ def _measures(score: Score) -> List[Measure]:
 
 
 def format_report(score: Score) -> str:
-    """Tables, pass count, noise floor, warnings and total time."""
+    """Tables, pass count, noise floor, warnings, what sampling the figures are of, and total time."""
     rows = [(picture.name, picture.values) for picture in score.pictures]
     lines = [format_table(_measures(score), rows, score.not_measured)]
     distances = [picture.values["pd"] for picture in score.pictures if "pd" in picture.values]
@@ -134,6 +135,8 @@ def format_report(score: Score) -> str:
         lines.append("\nNoise floor: the reference made twice, and compared with itself")
         lines.append(format_table(COMPARISONS, floors, {}))
     lines.extend(_warnings(score.pictures))
+    ran = dict.fromkeys(picture.receipt["sampling"] for picture in score.pictures)
+    lines.extend(f"sampling   {sampling}" for sampling in ran)
     made = sum(picture.reference_receipt is not None and not picture.reference_cached for picture in score.pictures)
     references = f", {_count(made, 'reference')} made" if score.options.reference else ""
     lines.append(f"total      {score.seconds:.1f} s for {_count(len(score.pictures), 'picture')}{references}")
@@ -165,7 +168,7 @@ def to_json(score: Score, arguments: Dict[str, Any]) -> Dict[str, Any]:
         "noise_floor": _summaries(COMPARISONS, floors) if floors else None,
         "seconds": score.seconds,
     }
-    return _finite(report)
+    return to_plain(report)
 
 
 def _picture_json(picture: PictureScore) -> Dict[str, Any]:
@@ -174,11 +177,12 @@ def _picture_json(picture: PictureScore) -> Dict[str, Any]:
     return entry
 
 
-def _finite(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
+    """Lists and dicts all the way down, with numbers that JSON does not have as strings."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [to_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
@@ -208,7 +212,8 @@ def write_report(score: Score, folder: Path, arguments: Dict[str, Any]) -> List[
     with atomic_path(paths[1]) as temporary:
         temporary.write_text(to_csv(score), encoding="utf-8")
     receipt = score.pictures[0].receipt
-    sheet = contact_sheet(score.sheet, f"ours ({receipt['backend']}, {receipt['precision']})")
+    ours = f"ours ({receipt['backend']}, {receipt['precision']}, {receipt['evaluations']} evaluations)"
+    sheet = contact_sheet(score.sheet, ours)
     with atomic_path(paths[2]) as temporary:
         temporary.write_bytes(encode_png(sheet))
     return paths

@@ -161,7 +161,7 @@ def process_arguments(request: Request) -> Tuple[Any, ...]:
 
 
 @contextlib.contextmanager
-def _naming(picture: Picture) -> Iterator[None]:
+def naming(picture: Picture) -> Iterator[None]:
     """Say of which picture an error is; the original one stays its cause."""
     try:
         yield
@@ -190,7 +190,7 @@ class Runner:
 
     def warm_up(self, picture: Picture) -> Result:
         """Run everything that will be timed, untimed, and return a result whose receipt says what runs."""
-        with _naming(picture):
+        with naming(picture):
             image = picture.read()
             for _ in range(self.options.warmup):
                 self.pipeline.process(image, *self._arguments)
@@ -215,7 +215,7 @@ class Runner:
         not_measured = self.comparer.not_measured if self.options.reference else {}
         score = Score(self.options, dict(not_measured))
         for picture in pictures:
-            with _naming(picture):
+            with naming(picture):
                 entry, row = self._score_picture(picture, progress)
             score.pictures.append(entry)
             if len(score.sheet) < num_sheet_rows:
@@ -238,7 +238,7 @@ class Runner:
         reference: Optional[Reference] = None
         if self.options.reference:
             progress(picture.name, "reference")
-            reference = self._reference(picture, image, result.receipt.device, warnings)
+            reference = self.reference(picture, image, result.receipt.device, warnings)
             values.update(self.comparer.compare(painted, reference.image, result.latent, reference.latent))
             if self.options.noise_floor:
                 progress(picture.name, "reference again")
@@ -273,8 +273,16 @@ class Runner:
     def _make_reference(self, image: np.ndarray) -> Reference:
         return Reference.from_result(self.pipeline.reference(image, self.options.request))
 
-    def _reference(self, picture: Picture, image: np.ndarray, device: str, warnings: List[str]) -> Reference:
-        """The cached reference, or one made now and cached; for the noise floor it is always made."""
+    def reference(self, picture: Picture, image: np.ndarray, device: str, warnings: List[str]) -> Reference:
+        """The cached reference, or one made now and cached; for the noise floor it is always made.
+
+        Parameters
+        ----------
+        device : str
+            Of the run that it will be compared with.
+        warnings : list of str
+            A line is added where the reference could not be cached.
+        """
         request = self.options.request
         tokens = self.pipeline.token_digest(request)
         key = reference_key(picture.digest, request, self.pipeline.weights_digest, tokens, device)

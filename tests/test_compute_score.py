@@ -17,6 +17,8 @@ import pytest
 
 import compute_score
 import environment
+from ldm.plans import exact_plan, subset_plan
+from ldm.schedule import ScheduleConfig
 from scoring import backbones, pictures
 from tests.scoring_fakes import FakePipeline, write_pictures
 
@@ -96,6 +98,39 @@ def test_build_folder_of_the_environment(place, pipeline, monkeypatch):
     assert sorted(path.name for path in (place / "else where").iterdir()) == ["reference", "score"]
     assert len(list((place / "else where" / "reference").glob("*.npz"))) == 2
     assert not (place / "build").exists()
+
+
+def test_speed_arrives(place, pipeline, capsys):
+    assert _main(place, "--speed", "7") == 0
+    assert pipeline.initialized == {"speed": "7"}
+    output = capsys.readouterr().out
+    assert "sampling   as asked" in output.splitlines()[:6]
+    assert output.count("sampling   as asked") == 2  # above the progress, and under the table
+
+
+def test_speed_alone_compares_all_of_them(place, pipeline, capsys, monkeypatch):
+    plans = [subset_plan(ScheduleConfig(), 20, (19, 12, 7, 3)), exact_plan(ScheduleConfig(), 20)]
+    ran = []
+
+    def run(image, request, plan):
+        ran.append(len(plan.indices))
+        return pipeline._result(image, 20 - ran[-1], request)
+
+    monkeypatch.setattr(pipeline, "run", run)
+    monkeypatch.setattr(pipeline, "plans", lambda request: plans, raising=False)
+    assert _main(place, "--speed", "--warmup", "0", "--output", str(place / "out")) == 0
+    assert pipeline.initialized == {}
+    assert ran == [20, 4, 4, 20, 20]
+    output = capsys.readouterr()
+    assert "2 of" in output.out and "each with 2 plans" in output.out
+    assert "4: 4 of 20 evaluations, subset" in output.out
+    assert "an estimate" in output.out and "PD was not measured" in output.out
+    assert "4/4" in output.err
+    assert [path.name for path in (place / "out").iterdir()] == ["speed.json"]
+    report = json.loads((place / "out" / "speed.json").read_text())
+    assert [row["evaluations"] for row in report["rows"]] == [4, 20]
+    assert report["rows"][0]["pictures"][0]["pixel_mean_abs"] == 16
+    assert pipeline.count("reference") == 2 and pipeline.closed
 
 
 def test_noise_floor_option(place, pipeline, capsys):

@@ -1,0 +1,657 @@
+"""Recording, fitting, searching and keeping of sampling plans, on networks whose answers are known in closed form."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+import pytest
+
+from cldm.config import load_config
+from cldm.weights import Weights, find_weights
+from ldm.plans import calibrated_plan, exact_plan, held_moves, linear_moves, linear_plan, subset_plan
+from ldm.schedule import ScheduleConfig, alpha_bars, ddim_timesteps
+from sampling.calibration import (
+    Calibration,
+    CalibrationError,
+    Point,
+    Setting,
+    Spread,
+    calibration_folder,
+    find_calibration,
+    load_calibration,
+    plan_for,
+    plan_within,
+    save_calibration,
+    shipped_path,
+)
+from sampling.fit import KINDS, SegmentFits, Walker, fit_move
+from sampling.gram import gram_matrix, open_loop
+from sampling.polish import polish
+from sampling.search import Effort, all_subsets, front_loaded, prefilter, search, separated, single_moves
+from sampling.stages import Stages, latent_errors, selected
+from sampling.trajectory import Levels, Trajectories, record
+from tests.micro_model import SIZE, shared_build, shared_config, write_micro
+
+CONFIG = ScheduleConfig()
+STEPS, CASES, DIM = 8, 6, 12
+EFFORT_FEW = Effort(starts=0, trials=60, survivors=1, first_cases=CASES, last_cases=CASES)
+
+
+class Mixture:
+    """The exact noise of a mixture of Gaussians, another one for each case, with guidance away from their union."""
+
+    def __init__(self, num_steps: int = STEPS, cases: int = CASES, guidance: float = 3.0) -> None:
+        rng = np.random.default_rng(4)
+        self.centres = rng.normal(size=(cases, 3, DIM))
+        self.initial = rng.normal(size=(cases, DIM)).astype(np.float32)
+        self.a = alpha_bars(CONFIG)[ddim_timesteps(num_steps)]
+        self.guidance = guidance
+        self.calls = 0
+
+    def _noise(self, x: np.ndarray, a: float, centres: np.ndarray) -> np.ndarray:
+        variance = a * 0.09 + 1 - a  # each component is 0.3 wide
+        difference = x - np.sqrt(a) * centres
+        logits = -0.5 * (difference**2).sum(axis=1) / variance
+        weights = np.exp(logits - logits.max())
+        return np.sqrt(1 - a) * (weights / weights.sum()) @ difference / variance
+
+    def __call__(self, case: int, index: int, latent: np.ndarray) -> np.ndarray:
+        self.calls += 1
+        x = latent.astype(np.float64)
+        free = self._noise(x, self.a[index], self.centres.reshape(-1, DIM))
+        bound = self._noise(x, self.a[index], self.centres[case])
+        return (free + self.guidance * (bound - free)).astype(np.float32)
+
+
+class Recorded:
+    """A network that says what it said along the reference, wherever it is asked."""
+
+    def __init__(self, trajectories: Trajectories) -> None:
+        self.trajectories = trajectories
+
+    def __call__(self, case: int, index: int, latent: np.ndarray) -> np.ndarray:
+        return self.trajectories.noises[case, index]
+
+
+def levels(num_steps: int = STEPS) -> Levels:
+    return Levels(CONFIG, num_steps)
+
+
+@pytest.fixture(scope="module")
+def mixture() -> Tuple[Mixture, Trajectories]:
+    network = Mixture()
+    return network, record(network, levels(), network.initial)
+
+
+def made_up(noises: np.ndarray) -> Trajectories:
+    """The trajectories along which a network would give these (K, S, D) noises."""
+    table = Recorded(Trajectories(np.zeros((len(noises), noises.shape[1] + 1, noises.shape[2])), noises))
+    initial = np.random.default_rng(9).normal(size=(len(noises), noises.shape[2])).astype(np.float32)
+    return record(table, levels(noises.shape[1]), initial)
+
+
+def relative(final: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.linalg.norm(final - wanted) / np.linalg.norm(wanted))
+
+
+def run_rows(plan: Any, network: Any, case: int, x: np.ndarray) -> np.ndarray:
+    """A plan's rows as the step graph applies them."""
+    x, last = x.astype(np.float64), np.zeros(x.shape)
+    for index, (a, b, c) in zip(plan.indices, plan.rows):
+        noise = network(case, index, x).astype(np.float64)
+        x, last = a * x + b * noise + c * last, noise
+    return x
+
+
+# recording and walking
+
+
+def test_the_reference_is_plain_ddim(mixture: Tuple[Mixture, Trajectories]) -> None:
+    network, trajectories = mixture
+    for case in range(CASES):
+        wanted = run_rows(exact_plan(CONFIG, STEPS), network, case, network.initial[case])
+        assert relative(trajectories.final[case], wanted) < 1e-5
+        assert np.array_equal(trajectories.noises[case, 3], network(case, 3, trajectories.latents[case, 4]))
+
+
+def test_numbers_that_are_not_finite_name_their_case() -> None:
+    with pytest.raises(ValueError, match="case 5: .* at index 7"):
+        record(lambda case, index, x: x * np.nan, levels(), np.ones((1, DIM), np.float32), [5])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_walk_is_what_the_step_graph_does(kind: str, mixture: Tuple[Mixture, Trajectories]) -> None:
+    network, trajectories = mixture
+    indices = (7, 6, 3, 1)
+    outcome = Walker(network, levels(), trajectories, kind).walk(indices)
+    make = {"subset": subset_plan, "linear": linear_plan}.get(kind)
+    plan = make(CONFIG, STEPS, indices) if make else calibrated_plan(CONFIG, STEPS, indices, outcome.moves)
+    for case in range(CASES):
+        wanted = run_rows(plan, network, case, network.initial[case])
+        assert relative(outcome.final[case], wanted) < 1e-5
+        error = np.linalg.norm(wanted - trajectories.final[case]) / np.linalg.norm(trajectories.final[case])
+        assert outcome.errors[case] == pytest.approx(error, rel=1e-3)
+
+
+def test_remembered_beginnings_change_nothing(mixture: Tuple[Mixture, Trajectories]) -> None:
+    network, trajectories = mixture
+    subsets = [(7, 6, 3, 1), (7, 6, 3, 0), (7, 6, 2, 1), (7, 6, 3, 1)]
+    free = Walker(network, levels(), trajectories, "calibrated")
+    tight = Walker(network, levels(), trajectories, "calibrated", cache_bytes=0)
+    for subset in subsets:
+        assert np.array_equal(free.walk(subset).final, tight.walk(subset).final)
+    # Index 7 is the reference's; then 6, 3, 1; 0; 2, 1.
+    assert free.evaluations == 6 * CASES and tight.evaluations > free.evaluations
+
+
+def test_noise_linear_in_the_timestep_is_followed_exactly() -> None:
+    rng = np.random.default_rng(0)
+    t = ddim_timesteps(STEPS)[None, :, None] / 1000
+    trajectories = made_up(rng.normal(size=(3, 1, DIM)) + t * rng.normal(size=(3, 1, DIM)))
+    network = Recorded(trajectories)
+    assert Walker(network, levels(), trajectories, "linear").walk((7, 6, 2)).errors.max() < 1e-5
+    assert Walker(network, levels(), trajectories, "subset").walk((7, 6, 2)).errors.min() > 1e-2
+
+
+# fitting
+
+
+def test_a_fit_recovers_its_weights_and_a_ridge_draws_it_to_the_prior() -> None:
+    rng = np.random.default_rng(1)
+    noise, last = rng.normal(size=(2, 50))
+    target = -1.5 * noise + 0.4 * last
+    assert fit_move(target, noise, last, (9.0, 9.0), 0.0) == pytest.approx((-1.5, 0.4), rel=1e-10)
+    assert fit_move(target, noise, last, (3.0, -2.0), 1e9) == pytest.approx((3.0, -2.0), rel=1e-6)
+    assert fit_move(-2 * noise, noise, None, (0.0, 7.0), 0.0) == (pytest.approx(-2.0), 0.0)
+
+
+def test_a_ridge_is_the_penalty_that_it_says() -> None:
+    rng = np.random.default_rng(2)
+    target, noise, last = rng.normal(size=(3, 50))
+    prior, ridge = np.asarray([0.3, -0.8]), 0.7
+    sizes = np.sqrt(ridge) * np.asarray([np.linalg.norm(noise), np.linalg.norm(last)])
+    system = np.concatenate([np.stack([noise, last], axis=1), np.diag(sizes)])
+    wanted = np.linalg.lstsq(system, np.concatenate([target, sizes * prior]), rcond=None)[0]
+    assert fit_move(target, noise, last, tuple(prior), ridge) == pytest.approx(tuple(wanted), rel=1e-9)
+
+
+@pytest.mark.parametrize(("evaluated", "end"), [((7,), 4), ((7, 5), 2), ((7, 6, 3), -1)])
+def test_segment_fits_are_least_squares_on_the_reference(
+    evaluated: Tuple[int, ...], end: int, mixture: Tuple[Mixture, Trajectories]
+) -> None:
+    _, trajectories = mixture
+    own, table = levels(), trajectories.latents.astype(np.float64)
+    norms = np.linalg.norm(table[:, 0], axis=1)[:, None]
+    start, stop = evaluated[-1], end
+    gained = table[:, stop + 1] / own.scale(stop) - table[:, start + 1] / own.scale(start)
+    columns = [trajectories.noises[:, index] / norms for index in evaluated[::-1][:2]]
+    system = np.stack([column.ravel() for column in columns], axis=1).astype(np.float64)
+    wanted = np.linalg.lstsq(system, (gained / norms).ravel(), rcond=None)[0]
+    found = SegmentFits(gram_matrix(trajectories, own), own, 0.0)(evaluated, end)
+    assert found[: len(wanted)] == pytest.approx(tuple(wanted), rel=1e-3)
+
+
+def test_fitted_moves_of_a_walk_correct_the_student(mixture: Tuple[Mixture, Trajectories]) -> None:
+    """At the last segment they are the least squares from where the student is."""
+    network, trajectories = mixture
+    walker = Walker(network, levels(), trajectories, "calibrated", ridge=0.0)
+    outcome = walker.walk((7, 5, 2))
+    state = walker.states((7, 5, 2), outcome.moves)[-1]
+    norms = np.linalg.norm(trajectories.final, axis=1)[:, None]
+    target = (trajectories.final / levels().scale(-1) - state.y) / norms
+    system = np.stack([(state.noise / norms).ravel(), (state.last / norms).ravel()], axis=1)
+    wanted = np.linalg.lstsq(system.astype(np.float64), target.ravel().astype(np.float64), rcond=None)[0]
+    assert outcome.moves[-1] == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_open_loop_errors_are_those_of_a_network_that_does_not_react(
+    kind: str, mixture: Tuple[Mixture, Trajectories]
+) -> None:
+    trajectories = mixture[1]
+    own, ridge = levels(), 1e-3
+    gram = gram_matrix(trajectories, own)
+    subsets = all_subsets(STEPS, 4)
+    moves, errors = open_loop(gram, own, subsets, kind, ridge)
+    walker = Walker(Recorded(trajectories), own, trajectories, kind, fits=SegmentFits(gram, own, ridge))
+    for place in range(0, len(subsets), 4):
+        outcome = walker.walk(tuple(subsets[place].tolist()))
+        assert errors[place] == pytest.approx(np.sqrt(np.mean(outcome.errors**2)), rel=1e-3)
+        assert moves[place] == pytest.approx(outcome.moves, rel=1e-5, abs=1e-9)
+    rule = {"subset": held_moves, "linear": linear_moves}.get(kind)
+    if rule is not None:
+        assert moves[7] == pytest.approx(rule(CONFIG, STEPS, subsets[7].tolist()), rel=1e-9, abs=1e-12)
+
+
+# polishing
+
+
+def test_polish_finds_the_least_squares_where_the_network_does_not_react() -> None:
+    noises = np.random.default_rng(3).normal(size=(4, STEPS, DIM)).astype(np.float32)
+    trajectories = made_up(noises)
+    walker = Walker(Recorded(trajectories), levels(), trajectories, "subset")
+    indices = (7, 5, 2)
+    _, found = polish(walker, indices, held_moves(CONFIG, STEPS, indices))
+    norms = np.linalg.norm(trajectories.final, axis=1)[:, None]
+    target = trajectories.final / levels().scale(-1) - trajectories.initial / levels().scale(STEPS - 1)
+    columns = np.stack([(trajectories.noises[:, i] / norms).ravel() for i in indices], axis=1).astype(np.float64)
+    missed = (target / norms).ravel() - columns @ np.linalg.lstsq(columns, (target / norms).ravel(), rcond=None)[0]
+    best = levels().scale(-1) * np.linalg.norm(missed) / np.sqrt(4)
+    assert found == pytest.approx(best, rel=2e-3)
+
+
+def test_polish_brings_the_end_closer(mixture: Tuple[Mixture, Trajectories]) -> None:
+    network, trajectories = mixture
+    walker = Walker(network, levels(), trajectories, "subset")
+    start = walker.walk((7, 5, 3, 1))
+    moves, error = polish(walker, (7, 5, 3, 1), start.moves)
+    after = walker.follow((7, 5, 3, 1), moves)
+    assert moves[0, 1] == 0 and error == pytest.approx(np.sqrt(np.mean(after.errors**2)), rel=1e-4)
+    assert error < 0.8 * np.sqrt(np.mean(start.errors**2))
+
+
+def test_polish_keeps_what_it_cannot_improve() -> None:
+    trajectories = made_up(np.ones((2, STEPS, DIM), np.float32))  # held noise is exact here
+    walker = Walker(Recorded(trajectories), levels(), trajectories, "subset")
+    moves = held_moves(CONFIG, STEPS, (7, 3))
+    found, error = polish(walker, (7, 3), moves)
+    assert error < 1e-5 and found == pytest.approx(moves, abs=1e-3)
+
+
+# searching
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_search_finds_what_brute_force_finds(kind: str, mixture: Tuple[Mixture, Trajectories]) -> None:
+    network, trajectories = mixture
+    own = levels()
+    gram = gram_matrix(trajectories, own)
+    fits = SegmentFits(gram, own)
+    walkers: Dict[int, Walker] = {}
+
+    def make(cases: int) -> Walker:
+        if cases not in walkers:
+            walkers[cases] = Walker(network, own, trajectories.select(range(cases)), kind, fits=fits)
+        return walkers[cases]
+
+    found, outcome = search(make, gram, own, 4, kind, 1e-4, Effort(3, 40, 6, 3, CASES))
+    every = {
+        subset: Walker(network, own, trajectories, kind, fits=fits).walk(subset).errors.mean()
+        for subset in ((7, *rest) for rest in itertools.combinations(range(6, -1, -1), 3))
+    }
+    best = min(every, key=every.__getitem__)
+    assert len(every) == 35 and found == best
+    assert outcome.errors.mean() == pytest.approx(every[best], rel=1e-6)
+
+
+def test_search_finds_a_planted_subset() -> None:
+    """A noise that changes at three indices only is held exactly by evaluating there."""
+    rng = np.random.default_rng(6)
+    planted = (11, 8, 7, 2)
+    values = rng.normal(size=(4, len(planted), DIM))
+    noises = np.stack([values[:, sum(i <= p for p in planted) - 1] for i in range(12)], axis=1).astype(np.float32)
+    trajectories = made_up(noises)
+    own = levels(12)
+    walker = Walker(Recorded(trajectories), own, trajectories, "subset")
+    gram = gram_matrix(trajectories, own)
+    assert prefilter(gram, own, 4, "subset", 1, 1e-4) == [planted]
+    found, outcome = search(lambda cases: walker, gram, own, 4, "subset", 1e-4, Effort(1, 0, 1, 4, 4))
+    assert found == planted and outcome.errors.max() < 1e-5
+
+
+def test_single_moves_lead_to_the_optimum_with_few_trials() -> None:
+    """From the suggested starts alone, with fewer trials than there are subsets."""
+    own = levels(12)
+    network = Mixture(12)
+    trajectories = record(network, own, network.initial)
+    walker = Walker(network, own, trajectories, "subset")
+    silent = np.zeros((12, 12))  # the open-loop error recommends nothing
+    found, _ = search(lambda cases: walker, silent, own, 4, "subset", 1e-4, EFFORT_FEW)
+    errors = {tuple(s): walker.walk(s).errors.mean() for s in all_subsets(12, 4).tolist()}
+    assert len(errors) == 165 and sorted(errors.values()).index(errors[found]) < 2
+
+
+def test_prefilter_descends_where_there_are_too_many_subsets(
+    monkeypatch: pytest.MonkeyPatch, mixture: Tuple[Mixture, Trajectories]
+) -> None:
+    own = levels()
+    gram = gram_matrix(mixture[1], own)
+    every = prefilter(gram, own, 4, "calibrated", 3, 1e-4)
+    monkeypatch.setattr("sampling.search.MAX_ENUMERATED", 10)
+    assert prefilter(gram, own, 4, "calibrated", 3, 1e-4) == every
+
+
+def test_starts_and_neighbours() -> None:
+    assert front_loaded(20, 10) == (19, 18, 17, 16, 15, 14, 13, 11, 8, 4)
+    for steps, count in itertools.product((5, 20, 50), (2, 4, 5)):
+        found = front_loaded(steps, count)
+        assert len(found) == count and found[0] == steps - 1 and found[-1] >= 0
+        assert all(a > b for a, b in zip(found, found[1:]))
+    assert separated([4, 4, 0, 0], 5) == (4, 3, 1, 0)
+    moves = single_moves((5, 3, 0), 6)
+    assert len(moves) == len(set(moves)) == 2 * 3 and all(len({5, 3, 0} & set(move)) == 2 for move in moves)
+    assert len(all_subsets(20, 3)) == 171 and all_subsets(20, 3)[0].tolist() == [19, 18, 17]
+
+
+# stages
+
+
+def make_stages(folder: Path, network: Any, initial: np.ndarray, lines: Optional[List[str]] = None) -> Stages:
+    report = (lines if lines is not None else []).append
+    return Stages(network, levels(), initial, {"model": "toy"}, folder, Effort(2, 4, 2, 2, 3), report=report)
+
+
+def finish(stages: Stages) -> Tuple[List[Any], Stages]:
+    reference = stages.record().select(stages.held).final
+    measure = lambda final: {"latent_relative_error": latent_errors(final, reference)}  # noqa: E731
+    return stages.run([3, 4], ["subset", "calibrated"], measure, True), stages
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    whole = Mixture()
+    wanted, _ = finish(make_stages(tmp_path / "whole", whole, whole.initial))
+    kills = 0
+
+    while True:
+        network = Mixture()
+
+        def limited(case: int, index: int, x: np.ndarray, network: Mixture = network) -> np.ndarray:
+            if network.calls >= 160:
+                raise KeyboardInterrupt
+            return network(case, index, x)
+
+        try:
+            found, _ = finish(make_stages(tmp_path / "killed", limited, whole.initial))
+            break
+        except KeyboardInterrupt:
+            kills += 1
+
+            assert kills < 40, "it does not get on"
+    assert found == wanted and kills >= 2
+    again = Mixture()
+    assert finish(make_stages(tmp_path / "whole", again, whole.initial))[0] == wanted and again.calls == 0
+
+
+def test_stages_of_other_cases_are_not_taken_and_damage_is_done_anew(tmp_path: Path) -> None:
+    network = Mixture()
+    wanted, stages = finish(make_stages(tmp_path, network, network.initial))
+    other = Mixture()
+    finish(make_stages(tmp_path, other, other.initial[::-1].copy()))
+    assert other.calls > 0
+    for file in sorted(tmp_path.glob("*/*")):
+        if file.name in ("case_003.npz", "003_subset.json"):
+            file.write_bytes(file.read_bytes()[:40])
+    repaired = Mixture()
+    assert finish(make_stages(tmp_path, repaired, repaired.initial))[0] == wanted
+    assert STEPS <= repaired.calls < network.calls / 2
+
+
+def test_stages_tell_how_long(tmp_path: Path) -> None:
+    lines: List[str] = []
+    network = Mixture()
+    finish(make_stages(tmp_path, network, network.initial, lines))
+    assert len(lines) == CASES + 6 and all("about 0:0" in line for line in lines)
+    assert lines[0].startswith("recorded case 1 of 6") and "4 evaluations, polished" in lines[-1]
+    with pytest.raises(ValueError, match="2 cases or more"):
+        make_stages(tmp_path, network, network.initial[:1])
+
+
+def test_a_polish_that_is_not_better_held_out_is_dropped(tmp_path: Path) -> None:
+    network = Mixture()
+    found, _ = finish(make_stages(tmp_path, network, network.initial))
+    measure = "latent_relative_error"
+    worse = [dataclasses.replace(f, errors={measure: Spread(9.0, 9.0)}) if f.polished else f for f in found]
+    better = [dataclasses.replace(f, errors={measure: Spread(0.0, 0.0)}) if f.polished else f for f in found]
+    assert [p.polished for p in selected(worse, measure)] == [False] * 4
+    assert [p.polished for p in selected(better, measure)] == [False, False, True] * 2
+
+
+# calibrations
+
+SETTING = Setting("tiny", "cafe", 20, "onnxruntime", "fp32", 9.0)
+SEVEN, EIGHT = (19, 18, 17, 14, 11, 7, 2), (19, 18, 17, 16, 14, 11, 7, 2)
+
+
+def point(indices: Sequence[int], error: float, kind: str = "calibrated", polished: bool = False) -> Point:
+    moves = held_moves(CONFIG, 20, indices) * 1.01 if kind == "calibrated" else ()
+    errors = {"pixel_mean_abs": Spread(error, 2 * error), "latent_relative_error": Spread(error / 100, error / 50)}
+    return Point(kind, tuple(indices), tuple((float(a), float(b)) for a, b in moves), polished, errors)
+
+
+def calibration(**changes: Any) -> Calibration:
+    points = (point(SEVEN, 3.0), point(EIGHT, 2.0, "subset"), point(EIGHT, 1.0, polished=True))
+    return Calibration(dataclasses.replace(SETTING, **changes), 32, points, "pixel_mean_abs", {"date": "2026-11-21"})
+
+
+def test_a_calibration_comes_back_from_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "tiny.json"
+    save_calibration(calibration(), path)
+    assert load_calibration(path) == calibration()
+    assert [file.name for file in path.parent.iterdir()] == ["tiny.json"]
+
+
+def test_plans_of_a_calibration() -> None:
+    found = plan_for(calibration(), CONFIG, 7)
+    assert found.kind == "calibrated" and found.indices == SEVEN
+    assert (
+        str(found).replace("calibrated, on", "calibrated on") == "7 of 20 evaluations, calibrated on 32 cases of tiny"
+    )
+    wanted = calibrated_plan(CONFIG, 20, SEVEN, held_moves(CONFIG, 20, SEVEN) * 1.01)
+    assert found.rows == pytest.approx(wanted.rows, rel=1e-12)
+    assert plan_for(calibration(), CONFIG, 8).kind == "calibrated", "the one of the lower error"
+    held = plan_for(calibration(), CONFIG, 8, kind="subset")
+    assert np.array_equal(held.rows, subset_plan(CONFIG, 20, EIGHT).rows) and "chosen on 32 cases" in str(held)
+    assert plan_for(calibration(), CONFIG, 20).kind == "exact"
+    with pytest.raises(CalibrationError, match="no plan of 9 evaluations .* it has 7, 8, and 20 is the full schedule"):
+        plan_for(calibration(), CONFIG, 9)
+
+
+@pytest.mark.parametrize(("budget", "count"), [(5.0, 7), (3.0, 7), (2.9, 8), (1.0, 8), (0.9, 20), (0.0, 20)])
+def test_a_budget_takes_the_fewest_evaluations_within_it(budget: float, count: int) -> None:
+    assert len(plan_within(calibration(), CONFIG, budget).indices) == count
+    assert len(plan_within(calibration(), CONFIG, budget / 100, "latent_relative_error").indices) == count
+
+
+def test_budgets_that_mean_nothing_are_refused() -> None:
+    for budget in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(CalibrationError, match="0 or more"):
+            plan_within(calibration(), CONFIG, budget)
+    with pytest.raises(CalibrationError, match="pd was not measured .* pixel_mean_abs, latent_relative_error"):
+        plan_within(calibration(), CONFIG, 1.0, "pd")
+    with pytest.raises(CalibrationError, match="psnr_db was not measured"):
+        plan_within(calibration(), CONFIG, 1.0, "psnr_db")
+
+
+def test_another_backend_is_told_and_another_checkpoint_refused() -> None:
+    running = dataclasses.replace(SETTING, backend="torch", precision="fp16", guidance=5.0)
+    text = str(plan_for(calibration(), CONFIG, 7, running=running))
+    assert "onnxruntime but run at torch" in text and "fp32 but run at fp16" in text
+    assert "guidance 9 but run at 5" in text
+    assert "but run" not in str(plan_for(calibration(), CONFIG, 7, running=SETTING))
+    for change in ({"weights": "beef"}, {"model": "sd15"}, {"num_steps": 30}):
+        with pytest.raises(CalibrationError, match="made for something else"):
+            plan_for(calibration(), CONFIG, 7, running=dataclasses.replace(SETTING, **change))
+
+
+def test_the_nearest_calibration_is_found(tmp_path: Path) -> None:
+    config = dataclasses.replace(load_config("tiny"), folder=str(tmp_path))
+    weights = Weights(None, 3, "cafe")
+    save_calibration(calibration(backend="shipped"), shipped_path(config))
+    assert find_calibration(config, weights, tmp_path / "build").setting.backend == "shipped"
+    folder = calibration_folder(tmp_path / "build")
+    for age, changes in enumerate([{"precision": "fp16"}, {"guidance": 5.0}, {"weights": "beef"}, {"model": "sd15"}]):
+        made = calibration(**changes)
+        save_calibration(made, folder / made.setting.file_name)
+        os.utime(str(folder / made.setting.file_name), (1e9 - age, 1e9 - age))
+    (folder / "broken.json").write_text("{")
+    assert len(list(folder.iterdir())) == 5, "each setting has a file of its own"
+    find = lambda **wanted: find_calibration(config, weights, tmp_path / "build", **wanted).setting  # noqa: E731
+    assert find(precision="fp16", guidance=9.0).precision == "fp16"
+    assert find(precision="fp32", guidance=5.0).guidance == 5.0
+    assert find().precision == "fp16", "of equals the newest"
+    with pytest.raises(CalibrationError, match="number of steps is 20, wanted 30"):
+        find(num_steps=30)
+
+
+def test_without_a_calibration_the_error_says_how_to_make_one(tmp_path: Path) -> None:
+    config = dataclasses.replace(load_config("tiny"), folder=str(tmp_path))
+    weights = Weights(None, 3, "cafe")
+    with pytest.raises(CalibrationError, match="none was made.*calibrate_sampler.py --model .*tiny.yaml --steps 20"):
+        find_calibration(config, weights, tmp_path)
+    save_calibration(calibration(weights="beef"), shipped_path(config))
+    with pytest.raises(CalibrationError, match="checkpoint is beef, wanted cafe.*--precision fp16"):
+        find_calibration(config, weights, tmp_path, precision="fp16")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda value: value.update(format=2),
+        lambda value: value.pop("points"),
+        lambda value: value.update(points=[]),
+        lambda value: value["points"][0].update(indices=[19, 3, 5]),
+        lambda value: value["points"][0].update(moves=[[1.0, 0.0]]),
+        lambda value: value["points"][0].update(kind="guessed"),
+        lambda value: value["setting"].update(colour="red"),
+        lambda value: value.update(selected_by="pd"),
+    ],
+)
+def test_damaged_calibrations_are_refused_by_name(change: Any, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.json"
+    save_calibration(calibration(), path)
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+    with pytest.raises(CalibrationError, match="tiny.json"):
+        load_calibration(path)
+
+
+def test_the_shipped_calibration_is_for_the_shipped_weights(tiny_config: Any, tiny_weights: Weights) -> None:
+    found = load_calibration(shipped_path(tiny_config))
+    assert (found.setting.model, found.setting.weights) == ("tiny", tiny_weights.digest)
+    assert shipped_path(tiny_config).stat().st_size < 64 << 10
+    errors = [found.error(count).mean for count in found.counts]
+    assert found.counts == tuple(range(4, 13)) and errors == sorted(errors, reverse=True)
+    for count in found.counts:
+        assert len(plan_for(found, tiny_config.schedule, count).indices) == count
+
+
+# the deployed network
+
+
+def test_the_evaluator_is_the_pipelines_network(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A plan walked with it ends where the pipeline's own run of the plan does."""
+    from cldm.noise import draw_noise
+    from cldm.request import Request
+    from cldm.tokenizer import Tokenizer
+    from deploy.spec import graph_specs
+    from runtime.evaluator import StepEvaluator
+    from runtime.ort_session import OrtSession
+    from runtime.pipeline import About, Pipeline
+
+    base = tmp_path_factory.getbasetemp()
+    config, build = shared_config(base), shared_build(base, "fp32", 1)
+    folder = base / "micro-build" / build.folder_name
+    sessions = {name: OrtSession(folder / spec.file, spec) for name, spec in graph_specs(build).items()}
+    tokenizer = Tokenizer(config)
+    pipeline = Pipeline(build, sessions, tokenizer, About("", "onnxruntime", ""))
+    rng = np.random.default_rng(5)
+    pictures = [rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8) for _ in range(2)]
+    requests = [
+        Request(f"a {word} bird", seed=seed, ddim_steps=STEPS, image_resolution=SIZE, guidance_scale=3.0 + seed)
+        for seed, word in enumerate(("red", "blue"))
+    ]
+    evaluator = StepEvaluator(build, sessions, tokenizer, STEPS)
+    prepared = [evaluator.prepare(*case) for case in zip(pictures, requests)]
+    shape = build.latent_shape
+    initial = np.stack([draw_noise(r.seed, shape, STEPS, 0.0, "cpu")[0].numpy().ravel() for r in requests])
+
+    def network(case: int, index: int, latent: np.ndarray) -> np.ndarray:
+        return evaluator.noise(prepared[case], index, latent.reshape(shape[1:])).ravel()
+
+    trajectories = record(network, levels(), initial)
+    indices = (7, 6, 3, 1)
+    outcome = Walker(network, levels(), trajectories, "calibrated").walk(indices)
+    plans = {"exact": None, "calibrated": calibrated_plan(config.schedule, STEPS, indices, outcome.moves)}
+    ends = {"exact": trajectories.final, "calibrated": outcome.final}
+    for kind, plan in plans.items():
+        for case, (picture, request) in enumerate(zip(pictures, requests)):
+            result = pipeline.generate(picture, request, plan=plan)
+            assert relative(ends[kind][case], result.latent.ravel()) < 1e-4
+            decoded = evaluator.decode(ends[kind][case].reshape(shape[1:]))
+            assert np.abs(decoded.astype(int) - result.images[0]).max() <= 1
+    with pytest.raises(ValueError, match="resizes to"):
+        evaluator.prepare(np.zeros((64, 128, 3), np.uint8), requests[0])
+    evaluator.close()
+    pipeline.close()
+
+
+# the command
+
+
+def test_numbers_of_evaluations_are_read() -> None:
+    from tools.calibrate_sampler import parse_arguments, parse_counts
+
+    assert parse_counts("4-6") == (4, 5, 6) and parse_counts("10,7-8,7") == (7, 8, 10)
+    for argv in (["--evaluations", "x"], ["--evaluations", "1-3"], ["--evaluations", "20"], ["--cases", "5"]):
+        with pytest.raises(SystemExit):
+            parse_arguments(argv)
+
+
+def test_held_out_cases_have_pictures_of_their_own(tmp_path: Path) -> None:
+    import cv2
+
+    from tools.calibrate_sampler import fit_picture, make_cases, parse_arguments
+
+    for name in ("a", "b", "c"):
+        cv2.imwrite(str(tmp_path / f"{name}.png"), np.full((200, 500, 3), ord(name), np.uint8))
+    (tmp_path / "prompts.txt").write_text("one\n\n two \n")
+    options = ["--pictures", str(tmp_path), "--prompts", str(tmp_path / "prompts.txt"), "--cases", "10"]
+    cases = make_cases(parse_arguments(options), "sd15")
+    assert len({case.seed for case in cases}) == 10 and {case.prompt for case in cases} == {"one", "two"}
+    assert not {case.name for case in cases[0::2]} & {case.name for case in cases[1::2]}
+    assert {case.image.shape for case in cases} == {(256, 384, 3)}
+    scenes = make_cases(parse_arguments(["--cases", "16"]), "tiny")
+    assert len({case.name for case in scenes}) == 16 and sum("scene " in case.name for case in scenes) == 4
+    (tmp_path / "b.png").unlink()
+    (tmp_path / "c.png").unlink()
+    with pytest.raises(ValueError, match="one picture is not enough"):
+        make_cases(parse_arguments(options), "sd15")
+    stripes = np.zeros((100, 400, 3), np.uint8)
+    stripes[:, 150:250] = 255
+    assert (fit_picture(stripes, 64, 64) == 255).all()
+
+
+def test_the_command_makes_a_calibration_that_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tools.calibrate_sampler import main
+
+    model = write_micro(tmp_path / "model")
+    words = ["--model", str(model), "--backend", "torch", "--device", "cpu", "--precision", "fp32"]
+    words += ["--height", "64", "--width", "64", "--steps", "6", "--evaluations", "3", "--cases", "4"]
+    words += [
+        "--kinds",
+        "calibrated",
+        "--starts",
+        "1",
+        "--trials",
+        "1",
+        "--polish",
+        "--build-dir",
+        str(tmp_path / "build"),
+    ]
+    assert main(words) == 0
+    printed = capsys.readouterr()
+    assert "3*" in printed.out and "2 held-out cases" in printed.out and "recorded case 4 of 4" in printed.err
+    config = load_config(str(model))
+    found = find_calibration(config, find_weights(config), tmp_path / "build", 6, "torch", "fp32", 9.0)
+    assert found.counts == (3,) and found.cases == 4 and found.setting.guidance == 9.0
+    assert {"latent_relative_error", "pixel_mean_abs", "psnr_db"} <= set(found.points[0].errors)
+    assert main(words) == 0 and "recorded" not in capsys.readouterr().err
+    assert main([*words, "--pictures", str(tmp_path / "nowhere")]) == 1
+    assert "no picture folder" in capsys.readouterr().err

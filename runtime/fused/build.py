@@ -1,0 +1,172 @@
+"""The fused networks of a model on one CUDA device, with tile sizes for its card. No torch at import."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
+
+from cldm.config import ModelConfig
+from deploy.spec import Build, GraphSpec, graph_specs
+from runtime.fused.session import FusedSession
+from runtime.fused.tuning import Tuning, card_slug, read_table, write_table
+from runtime.session import Session
+
+Report = Callable[[str], None]
+
+SHIPPED = Path(__file__).resolve().parent / "tables"
+# Beside the weights: maps, the captured graph, cuBLAS's and CUDA's own.
+OVERHEAD_BYTES = 1 << 30
+# What a first start may spend on measuring tile sizes for one picture size.
+TUNING_SECONDS = 180.0
+SMALLEST_TUNED_CHANNELS = 128
+
+
+def fused_problem(device: str, precision: str) -> Optional[str]:
+    """Why the fused networks cannot run in this precision on this device, or None."""
+    if os.environ.get("HACKATHON_FUSED") == "0":
+        return "HACKATHON_FUSED is 0"
+    if not device.startswith("cuda"):
+        return f"they are for CUDA devices, not for {device}"
+    if precision == "fp32":
+        return "they have no FP32 form"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"they need compute capability 8.0, and this GPU has {major}.{minor}"
+    return None
+
+
+def require_memory(config: ModelConfig, device: str) -> None:
+    """Raise MemoryError, before any work, where the device's free memory is too little for half precision."""
+    import torch
+
+    from cldm.model import ControlLDM
+
+    with torch.device("meta"):
+        model = ControlLDM(config)
+    encoder = sum(parameter.numel() for parameter in model.first_stage_model.encoder.parameters())
+    needed = 2 * (sum(parameter.numel() for parameter in model.parameters()) - encoder) + OVERHEAD_BYTES
+    free, total = torch.cuda.mem_get_info(device)
+    if free >= needed:
+        return
+    raise MemoryError(
+        f"{config.name} in half precision needs some {needed / 1e9:.1f} GB, and {device} has {free / 1e9:.1f} of its"
+        f" {total / 1e9:.1f} GB free; stop other programs on it, or take --backend onnxruntime"
+    )
+
+
+class FusedNetworks:
+    """Makes the networks once a number of samples, and the sessions of any size on them.
+
+    Parameters
+    ----------
+    model : ControlLDM
+        Its weights are copied to the device in half precision; on a CPU it stays where it is.
+    device : str
+    precision : {"fp16", "bf16"}
+    folder : Path
+        Compiled kernels and measured tile sizes are kept below.
+    report : callable
+        Takes lines of progress.
+    """
+
+    def __init__(self, model: Any, device: str, precision: str, folder: Path, report: Report) -> None:
+        # Looked at when triton is first imported.
+        os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+        import torch
+
+        from runtime.fused.ops import Fused
+        from runtime.fused.tune import card_of
+
+        self._device = device
+        self._folder = folder / "tuning"
+        self._report = report
+        self._dtype = getattr(torch, {"fp16": "float16", "bf16": "bfloat16"}[precision])
+        card = card_of(device)
+        self._tuning = Tuning(card, self._stored(card))
+        overlap = card.capability >= 90 and _cuda_version() >= (12, 3)
+        self.run = Fused(self._tuning, self._dtype, pdl=overlap)
+        # Its kernels are longer than a launch takes, and begin slower when they wait for one another.
+        self.run_apart = Fused(self._tuning, self._dtype)
+        self._networks = self._make(model, precision)
+        # On a small model launches are all that takes time, whatever the tiles.
+        self._tunes = model.config.unet.model_channels >= SMALLEST_TUNED_CHANNELS
+
+    def _stored(self, card: Any) -> Dict[str, List[int]]:
+        """Tile sizes that ship with the repository, and over them those measured here."""
+        table: Dict[str, List[int]] = {}
+        for path in (SHIPPED / f"{card_slug(card)}.json", self._path(card)):
+            if path.is_file():
+                table.update(read_table(path))
+        return table
+
+    def _path(self, card: Any) -> Path:
+        return self._folder / f"{card_slug(card)}.json"
+
+    def _make(self, model: Any, precision: str) -> Dict[str, Any]:
+        from deploy.graphs import build_graph
+        from runtime.fused.networks import FusedDecode, FusedHint, FusedStep, FusedText
+
+        return {
+            "text": FusedText(model, self.run, self._device),
+            "hint": FusedHint(model, self.run_apart, self._device),
+            # A copy: on a CPU the graph's modules are the model's own.
+            "time": copy.deepcopy(build_graph("time", model, precision, 1)).to(self._device),
+            "step": FusedStep(model, self.run, self._device),
+            "decode": FusedDecode(model, self.run, self._device),
+        }
+
+    def sessions(self, build: Build) -> Mapping[str, Session]:
+        """Sessions for a build's graphs, once the tile sizes that its shapes need are known."""
+        from runtime.torch_session import TorchSession
+
+        specs = graph_specs(build)
+        if self._tunes:
+            self._tune(specs)
+        return {
+            name: (TorchSession if name == "time" else FusedSession)(network, specs[name])
+            for name, network in self._networks.items()
+        }
+
+    def _tune(self, specs: Mapping[str, GraphSpec]) -> None:
+        """Measure the tile sizes of problems that no table has, and keep them."""
+        import torch
+        import triton
+
+        from runtime.fused.tune import tune
+
+        for run, names in ((self.run, ("text", "step", "decode")), (self.run_apart, ("hint",))):
+            run.asked.clear()
+            run.asked_attention.clear()
+            for name in names:
+                self._networks[name](_meta(specs[name].inputs), _meta(specs[name].outputs))
+            table = self._tuning.table
+            problems = {problem: shape for problem, shape in run.asked.items() if problem.key() not in table}
+            attentions = [problem for problem in run.asked_attention if problem.key() not in table]
+            if not problems and not attentions:
+                continue
+            found = tune(run, problems, attentions, self._device, self._report, TUNING_SECONDS)
+            table.update({key: list(next(iter(times))) for key, times in found.items()})
+            versions = {"torch": torch.__version__, "triton": triton.__version__}
+            write_table(self._path(self._tuning.card), self._tuning.card, versions, table)
+
+
+def _meta(tensors: Mapping[str, Any]) -> Dict[str, Any]:
+    import torch
+
+    return {
+        name: torch.empty(tuple(tensor.shape), dtype=getattr(torch, tensor.dtype), device="meta")
+        for name, tensor in tensors.items()
+    }
+
+
+def _cuda_version() -> Tuple[int, ...]:
+    import torch
+
+    return tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])

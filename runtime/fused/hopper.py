@@ -1,0 +1,274 @@
+"""The matrix product for compute capability 9.0: tiles come by TMA, the tensor cores read them from shared memory.
+
+A tile of a convolution's input is a box of pixels; moved by a tap it may stick out of the map, where TMA fills in the
+zeros of the padding. So the inner loop has no addresses and no masks to work out. Written in Gluon, where the pipeline
+is explicit: `STAGES` slots, each with a barrier that counts the bytes of its two or three boxes.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@gluon.jit
+def _load_weights(
+    k, slot, w, net, n0, n, blocks, cin, b_slots, g_slots, bars, SIZE: gl.constexpr, TAPS: gl.constexpr,
+    GATED: gl.constexpr, BK: gl.constexpr,
+):  # fmt: skip
+    """Start the copy of the weights of block `k` of the sum; the slot's barrier waits for all of its SIZE bytes."""
+    bar = bars.index(slot)
+    mbarrier.expect(bar, SIZE)
+    # Behind the taps' channels, each with a whole number of blocks, lie those of the other map.
+    tap = gl.minimum(k // blocks, TAPS)
+    at = tap * cin + (k - tap * blocks) * BK
+    tma.async_copy_global_to_shared(w, [net, n0, at], bar, b_slots.index(slot))
+    if GATED:
+        tma.async_copy_global_to_shared(w, [net, n + n0, at], bar, g_slots.index(slot))
+
+
+@gluon.jit
+def _load_pixels(
+    k, slot, x, tail, x_net, b0, y0, x0, phase, blocks, a_slots, bars, TAPS: gl.constexpr, HAS_TAIL: gl.constexpr,
+    BK: gl.constexpr,
+):  # fmt: skip
+    """The same of the pixels: the tile's box, moved by the block's tap."""
+    bar = bars.index(slot)
+    a = a_slots.index(slot)
+    tap = k // blocks
+    if TAPS == 9:
+        dy = tap // 3 - 1
+        dx = tap % 3 - 1
+    elif TAPS == 4:
+        dy = tap // 2 - 1 + phase // 2
+        dx = tap % 2 - 1 + phase % 2
+    else:
+        dy = 0
+        dx = 0
+    c = (k - tap * blocks) * BK
+    if HAS_TAIL:
+        if tap < TAPS:
+            tma.async_copy_global_to_shared(x, [x_net, b0, y0 + dy, x0 + dx, c], bar, a)
+        else:
+            tma.async_copy_global_to_shared(tail, [x_net, b0, y0, x0, (k - TAPS * blocks) * BK], bar, a)
+    else:
+        tma.async_copy_global_to_shared(x, [x_net, b0, y0 + dy, x0 + dx, c], bar, a)
+
+
+@gluon.jit
+def _sigmoid(v):
+    return 1.0 / (1.0 + gl.exp(-v))
+
+
+@gluon.jit
+def _activate(v, ACT: gl.constexpr):
+    if ACT == "silu":
+        v = v * _sigmoid(v)
+    elif ACT == "quick_gelu":
+        v = v * _sigmoid(1.702 * v)
+    elif ACT == "gelu":
+        v = 0.5 * v * (1.0 + gl.erf(v * 0.7071067811865476))
+    return v
+
+
+@gluon.jit(
+    do_not_specialize=(
+        "images",
+        "OH",
+        "OW",
+        "splits",
+        "scale_step",
+        "scale_rows",
+        "residual_rows",
+        "cin",
+        "blocks",
+        "tail_blocks",
+    ),
+    do_not_specialize_on_alignment=("scale", "shift", "bias"),
+)
+def tma_matmul_kernel(
+    x,
+    tail,
+    w,
+    bias,
+    shift,
+    residual,
+    scale,
+    out,
+    partials,
+    counters,
+    images,
+    N,
+    OH,
+    OW,
+    cin,
+    blocks,
+    tail_blocks,
+    ldr,
+    ldo,
+    bias_net,
+    shift_net,
+    residual_net,
+    residual_rows,
+    out_net,
+    scale_step,
+    scale_rows,
+    splits,
+    TAPS: gl.constexpr,
+    HAS_TAIL: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_SHIFT: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
+    HAS_SCALE: gl.constexpr,
+    ACT: gl.constexpr,
+    GATED: gl.constexpr,
+    SPLIT: gl.constexpr,
+    BB: gl.constexpr,
+    BY: gl.constexpr,
+    BX: gl.constexpr,
+    BN: gl.constexpr,
+    BK: gl.constexpr,
+    STAGES: gl.constexpr,
+    STATIC: gl.constexpr,
+    PDL: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """What `kernels.matmul_kernel` computes, for stride 1; x (nets, B, H, W, C), w (nets, rows, K) as descriptors."""
+    BM: gl.constexpr = BB * BY * BX
+    tiles_x = gl.cdiv(OW, BX)
+    tiles_y = gl.cdiv(OH, BY)
+    tiles_m = tiles_x * tiles_y * gl.cdiv(images, BB)
+    tile = gl.program_id(0)
+    split = gl.program_id(1)
+    net = gl.program_id(2)
+    tile_m = tile % tiles_m
+    n0 = (tile // tiles_m) * BN
+    x0 = (tile_m % tiles_x) * BX
+    y0 = (tile_m // tiles_x % tiles_y) * BY
+    b0 = (tile_m // (tiles_x * tiles_y)) * BB
+    x_net = 0 if TAPS == 4 else net
+    total = TAPS * blocks + tail_blocks
+    first = 0
+    last = total
+    if SPLIT:
+        each = gl.cdiv(total, splits)
+        first = split * each
+        last = gl.minimum(first + each, total)
+
+    a_slots = gl.allocate_shared_memory(x.dtype, [STAGES] + x.block_type.shape, x.layout)
+    b_slots = gl.allocate_shared_memory(w.dtype, [STAGES] + w.block_type.shape, w.layout)
+    g_slots = b_slots
+    if GATED:
+        g_slots = gl.allocate_shared_memory(w.dtype, [STAGES] + w.block_type.shape, w.layout)
+    bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(bars.index(i), count=1)
+    fence_async_shared()
+    gl.thread_barrier()
+
+    size: gl.constexpr = x.block_type.nbytes + w.block_type.nbytes * (2 if GATED else 1)
+    # Nobody writes STATIC weights, so their copies begin while the kernel before this one still runs.
+    if PDL and not STATIC:
+        gdc_wait()
+    for i in gl.static_range(STAGES - 1):
+        if first + i < last:
+            _load_weights(first + i, i, w, net, n0, N, blocks, cin, b_slots, g_slots, bars, size, TAPS, GATED, BK)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    for i in gl.static_range(STAGES - 1):
+        if first + i < last:
+            _load_pixels(first + i, i, x, tail, x_net, b0, y0, x0, net, blocks, a_slots, bars, TAPS, HAS_TAIL, BK)
+    mma_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, BN, 16]
+    )
+    acc = gl.zeros((BM, BN), gl.float32, layout=mma_layout)
+    gate = acc
+    if GATED:
+        gate = gl.zeros((BM, BN), gl.float32, layout=mma_layout)
+    for k in range(first, last):
+        slot = (k - first) % STAGES
+        mbarrier.wait(bars.index(slot), (k - first) // STAGES & 1)
+        a = a_slots.index(slot).reshape([BM, BK])
+        b = b_slots.index(slot).reshape([BN, BK]).permute((1, 0))
+        acc = warpgroup_mma(a, b, acc, is_async=True)
+        if GATED:
+            g = g_slots.index(slot).reshape([BN, BK]).permute((1, 0))
+            gate = warpgroup_mma(a, g, gate, is_async=True)
+            # Products finish in order: with two of this block out, those of the block before are done.
+            acc, gate = warpgroup_mma_wait(2, deps=(acc, gate))
+        else:
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+        # All warps are done with the slot of the block before; it takes the block STAGES after that one.
+        gl.thread_barrier()
+        if k + STAGES - 1 < last:
+            ahead = (k - first + STAGES - 1) % STAGES
+            _load_weights(
+                k + STAGES - 1, ahead, w, net, n0, N, blocks, cin, b_slots, g_slots, bars, size, TAPS, GATED, BK
+            )  # fmt: skip
+            _load_pixels(
+                k + STAGES - 1, ahead, x, tail, x_net, b0, y0, x0, net, blocks, a_slots, bars, TAPS, HAS_TAIL, BK
+            )  # fmt: skip
+    if GATED:
+        acc, gate = warpgroup_mma_wait(0, deps=(acc, gate))
+    else:
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+    gl.thread_barrier()
+    for i in gl.static_range(STAGES):
+        mbarrier.invalidate(bars.index(i))
+
+    # Eight neighbouring channels a thread, for accesses of 16 bytes.
+    lanes: gl.constexpr = BN // 8 if BN < 256 else 32
+    flat: gl.constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [num_warps, 1], [1, 0])
+    acc = gl.convert_layout(acc, flat)
+    r = gl.arange(0, BM, layout=gl.SliceLayout(1, flat))
+    image = b0 + r // (BY * BX)
+    oy = y0 + r // BX % BY
+    ox = x0 + r % BX
+    cols = n0 + gl.arange(0, BN, layout=gl.SliceLayout(0, flat))
+    inside_n = cols < N
+    inside = ((image < images) & (oy < OH) & (ox < OW))[:, None] & inside_n[None, :]
+    rows = (image * OH + oy) * OW + ox
+    far = net.to(gl.int64)
+
+    done = True
+    if SPLIT:
+        tiles = gl.num_programs(0)
+        whole = far * tiles + tile
+        spot = r[:, None] * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, flat))[None, :]
+        gl.store(partials + (whole * splits + split) * (BM * BN) + spot, acc)
+        gl.thread_barrier()
+        arrived = gl.atomic_add(counters + whole, 1, sem="acq_rel", scope="gpu")
+        done = arrived == splits - 1
+        if done:
+            gl.thread_barrier()
+            acc = gl.zeros((BM, BN), gl.float32, layout=flat)
+            for part in range(splits):
+                acc += gl.load(partials + (whole * splits + part) * (BM * BN) + spot, cache_modifier=".cg")
+            gl.store(counters + whole, 0)
+    if done:
+        if HAS_BIAS:
+            acc += gl.load(bias + far * bias_net + cols, mask=inside_n, other=0.0).to(gl.float32)[None, :]
+        if GATED:
+            gate_bias = gl.load(bias + far * bias_net + N + cols, mask=inside_n, other=0.0).to(gl.float32)
+            acc = acc * _activate(gl.convert_layout(gate, flat) + gate_bias[None, :], "gelu")
+        if HAS_SHIFT:
+            acc += gl.load(shift + far * shift_net + cols, mask=inside_n, other=0.0).to(gl.float32)[None, :]
+        acc = _activate(acc, ACT)
+        if HAS_SCALE:
+            factors = gl.load(scale + rows // scale_rows * scale_step, mask=image < images, other=0.0)
+            acc *= factors.to(gl.float32)[:, None]
+        if HAS_RESIDUAL:
+            spots = residual + far * residual_net + (rows % residual_rows)[:, None] * ldr + cols[None, :]
+            acc += gl.load(spots, mask=inside, other=0.0).to(gl.float32)
+        if TAPS == 4:
+            rows = ((image * OH + oy) * 2 + net // 2) * (2 * OW) + ox * 2 + net % 2
+        gl.store(out + far * out_net + rows[:, None] * ldo + cols[None, :], acc.to(out.dtype.element_ty), mask=inside)

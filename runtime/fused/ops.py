@@ -1,0 +1,637 @@
+"""The fast path's operators on torch tensors: shapes in, one Triton launch out.
+
+Maps are (nets, B, H, W, C) with the channels side by side and rows of pixels a fixed distance apart, so that a slice
+of a concatenation's channels is one too. On the meta device nothing runs: `matmul` then notes what it was asked for,
+which is how the shapes to tune are found.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple
+
+import torch
+import torch.nn.functional as F
+
+from runtime.fused.tuning import AttentionConfig, AttentionProblem, Config, Problem, Tuning, row_tiles
+
+LOG2_E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Packed weights of a convolution or linear layer of one or more nets.
+
+    Attributes
+    ----------
+    matrix : (nets, N, K) tensor
+        K is taps x in_channels, the taps outermost, then the channels of a 1x1 convolution of another map (`tail`).
+        Gated layers have 2 N rows, the gate's last.
+    bias : (nets, N) float32 tensor, optional
+    taps : {1, 4, 9}
+        4 is a convolution of a map whose pixels count four times each, see `Packer.up_conv`; it has four matrices.
+    tail : int
+    stride : {1, 2}
+    gated : bool
+    static : bool
+        Nothing on the device writes the matrix, so a kernel may read it while the one before still runs.
+    """
+
+    matrix: torch.Tensor
+    bias: Optional[torch.Tensor] = None
+    taps: int = 1
+    tail: int = 0
+    stride: int = 1
+    gated: bool = False
+    static: bool = True
+
+    @property
+    def out_channels(self) -> int:
+        rows = self.matrix.shape[1]
+        return rows // 2 if self.gated else rows
+
+    @property
+    def in_channels(self) -> int:
+        return (self.matrix.shape[2] - self.tail) // self.taps
+
+
+class Affine(NamedTuple):
+    """Scale and shift of a norm: (nets, C) float32 each."""
+
+    gamma: torch.Tensor
+    beta: torch.Tensor
+    epsilon: float
+    groups: int = 0
+
+
+class Fused:
+    """Launches the kernels.
+
+    Parameters
+    ----------
+    tuning : Tuning
+        Tile sizes by problem.
+    dtype : torch.dtype
+        Of the maps: float16 or bfloat16.
+    pdl : bool
+        Programmatic dependent launch; needs compute capability 9.0.
+    """
+
+    def __init__(self, tuning: Tuning, dtype: torch.dtype = torch.float16, pdl: bool = False) -> None:
+        self.tuning = tuning
+        self.dtype = dtype
+        self.pdl = pdl
+        self.asked: Dict[Problem, Tuple[int, ...]] = {}
+        self.asked_attention: Set[AttentionProblem] = set()
+        self._scratch: Dict[torch.device, Tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def empty(self, like: torch.Tensor, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=like.device)
+
+    def matmul(
+        self,
+        x: torch.Tensor,
+        weights: Weights,
+        out: Optional[torch.Tensor] = None,
+        tail: Optional[torch.Tensor] = None,
+        shift: Optional[Tuple[torch.Tensor, int]] = None,
+        residual: Optional[torch.Tensor] = None,
+        scale: Optional[torch.Tensor] = None,
+        act: str = "none",
+        config: Optional[Config] = None,
+    ) -> torch.Tensor:
+        """residual + scale * act(conv(x) + bias + shift); the activation of a gated layer is its own.
+
+        Parameters
+        ----------
+        x : (nets, B, H, W, C) tensor
+        weights : Weights
+        out : (nets, B, OH, OW, N) tensor, optional
+        tail : (nets, B, OH, OW, weights.tail) tensor
+            Goes through the 1x1 convolution that is packed behind the first.
+        shift : (vector, step) pair, optional
+            N numbers to add for the first net, those of the next `step` elements on.
+        residual : (nets, R, OH, OW, N) tensor, optional
+            Images of the output beyond R repeat the first.
+        scale : (rows,) strided tensor, optional
+            A factor for each `B / rows` images in a row; for one net.
+        """
+        nets, batch, height, width, channels = x.shape
+        up = weights.taps == 4
+        oh, ow = (-(-size // weights.stride) for size in (height, width))
+        n = weights.out_channels
+        if channels != weights.in_channels or weights.matrix.shape[0] != (4 if up else nets):
+            raise ValueError(f"{tuple(x.shape)} does not fit weights {tuple(weights.matrix.shape)}")
+        problem = Problem(
+            nets=weights.matrix.shape[0],
+            m=batch * oh * ow,
+            n=n,
+            cin=channels,
+            tail=weights.tail,
+            taps=weights.taps,
+            stride=weights.stride,
+            gated=weights.gated,
+            height=oh,
+            width=ow,
+        )
+        if out is None:
+            factor = 2 if up else 1
+            like = weights.matrix if weights.matrix.is_meta else x
+            out = self.empty(like, nets, batch, factor * oh, factor * ow, n)
+        if out.is_meta:
+            self.asked[problem] = tuple(x.shape)
+            return out
+        chosen = config or self.tuning.config(problem)
+        launch = self._launch_boxes if chosen.bx else self._launch_matmul
+        launch(problem, chosen, (height, width, oh, ow), x, weights, out, tail, shift, residual, scale, act)
+        return out
+
+    def _launch_matmul(
+        self,
+        problem: Problem,
+        config: Config,
+        sizes: Tuple[int, int, int, int],
+        x: torch.Tensor,
+        weights: Weights,
+        out: torch.Tensor,
+        tail: Optional[torch.Tensor],
+        shift: Optional[Tuple[torch.Tensor, int]],
+        residual: Optional[torch.Tensor],
+        scale: Optional[torch.Tensor],
+        act: str,
+    ) -> None:
+        from runtime.fused.kernels import matmul_kernel
+
+        height, width, oh, ow = sizes
+        tiles = -(-problem.m // config.bm) * -(-problem.n // config.bn)
+        partials, counters = self._split_scratch(x.device, problem, config, tiles)
+        matrix, bias = weights.matrix, weights.bias
+        images = 1 if scale is None else problem.m // (oh * ow) // scale.shape[0]
+        matmul_kernel[(tiles, config.splits, problem.nets)](
+            x,
+            x if tail is None else tail,
+            matrix,
+            matrix if bias is None else bias,
+            matrix if shift is None else shift[0],
+            x if residual is None else residual,
+            x if scale is None else scale,
+            out,
+            partials,
+            counters,
+            problem.m,
+            problem.n,
+            problem.cin,
+            problem.tail,
+            height,
+            width,
+            oh,
+            ow,
+            x.stride(3),
+            0 if tail is None else tail.stride(3),
+            matrix.stride(1),
+            0 if residual is None else residual.stride(3),
+            out.stride(3),
+            x.stride(0) if x.shape[0] > 1 else 0,
+            0 if tail is None else tail.stride(0),
+            matrix.stride(0),
+            0 if bias is None else bias.stride(0),
+            0 if shift is None else shift[1],
+            0 if residual is None else residual.stride(0),
+            problem.m if residual is None else residual.shape[1:4].numel(),
+            out.stride(0) if out.shape[0] > 1 else 0,
+            0 if scale is None else scale.stride(0),
+            images,
+            config.splits,
+            TAPS=problem.taps,
+            STRIDE=problem.stride,
+            UP=problem.taps == 4,
+            HAS_TAIL=tail is not None,
+            HAS_BIAS=bias is not None,
+            HAS_SHIFT=shift is not None,
+            HAS_RESIDUAL=residual is not None,
+            HAS_SCALE=scale is not None,
+            ACT=act,
+            GATED=problem.gated,
+            SPLIT=config.splits > 1,
+            EVEN=problem.cin % config.bk == 0 and problem.tail % config.bk == 0,
+            BM=config.bm,
+            BN=config.bn,
+            BK=config.bk,
+            STAGES=config.stages,
+            PDL=self.pdl,
+            num_warps=config.warps,
+            num_stages=config.stages,
+            **self._launch_options(),
+        )
+
+    def _launch_boxes(
+        self,
+        problem: Problem,
+        config: Config,
+        sizes: Tuple[int, int, int, int],
+        x: torch.Tensor,
+        weights: Weights,
+        out: torch.Tensor,
+        tail: Optional[torch.Tensor],
+        shift: Optional[Tuple[torch.Tensor, int]],
+        residual: Optional[torch.Tensor],
+        scale: Optional[torch.Tensor],
+        act: str,
+    ) -> None:
+        from runtime.fused.hopper import tma_matmul_kernel
+
+        _, _, oh, ow = sizes
+        linear = problem.taps == 1
+        scale_rows = 1 if scale is None else problem.m // scale.shape[0]
+        images, oh, ow = (1, 1, problem.m) if linear else (problem.images, oh, ow)
+        block = (1, config.bm // (config.by * config.bx), config.by, config.bx, config.bk)
+        tiles = row_tiles(problem, config) * -(-problem.n // config.bn)
+        partials, counters = self._split_scratch(x.device, problem, config, tiles)
+        matrix, bias = weights.matrix, weights.bias
+        maps = _map_descriptor(x, block, linear)
+        tma_matmul_kernel[(tiles, config.splits, problem.nets)](
+            maps,
+            maps if tail is None else _map_descriptor(tail, block, linear),
+            _descriptor(matrix, list(matrix.shape), list(matrix.stride()), (1, config.bn, config.bk)),
+            matrix if bias is None else bias,
+            matrix if shift is None else shift[0],
+            x if residual is None else residual,
+            x if scale is None else scale,
+            out,
+            partials,
+            counters,
+            images,
+            problem.n,
+            oh,
+            ow,
+            problem.cin,
+            -(-problem.cin // config.bk),
+            -(-problem.tail // config.bk),
+            0 if residual is None else residual.stride(3),
+            out.stride(3),
+            0 if bias is None else bias.stride(0),
+            0 if shift is None else shift[1],
+            0 if residual is None else residual.stride(0),
+            problem.m if residual is None else residual.shape[1:4].numel(),
+            out.stride(0) if out.shape[0] > 1 else 0,
+            0 if scale is None else scale.stride(0),
+            scale_rows,
+            config.splits,
+            TAPS=problem.taps,
+            HAS_TAIL=tail is not None,
+            HAS_BIAS=bias is not None,
+            HAS_SHIFT=shift is not None,
+            HAS_RESIDUAL=residual is not None,
+            HAS_SCALE=scale is not None,
+            ACT=act,
+            GATED=problem.gated,
+            SPLIT=config.splits > 1,
+            BB=block[1],
+            BY=config.by,
+            BX=config.bx,
+            BN=config.bn,
+            BK=config.bk,
+            STAGES=config.stages,
+            STATIC=weights.static,
+            PDL=self.pdl,
+            num_warps=config.warps,
+            **self._launch_options(),
+        )
+
+    def _launch_options(self) -> Dict[str, Any]:
+        return {"launch_pdl": True} if self.pdl else {}
+
+    def _split_scratch(
+        self, device: torch.device, problem: Problem, config: Config, tiles: int
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Room for the parts of sums, and counters that are 0 between launches.
+
+        One for all launches: they run one after the other. Kernels on two streams at once need two `Fused`.
+        """
+        floats, counts = 1, 1
+        if config.splits > 1:
+            counts = tiles * problem.nets
+            floats = counts * config.splits * config.bm * config.bn
+        found = self._scratch.get(device)
+        if found is None or found[0].numel() < floats or found[1].numel() < counts:
+            floats, counts = max(floats, 8 << 20), max(counts, 4096)
+            found = (torch.empty(floats, device=device), torch.zeros(counts, dtype=torch.int32, device=device))
+            self._scratch[device] = found
+        return found
+
+    def layer_norm(self, x: torch.Tensor, norm: Affine) -> torch.Tensor:
+        """Over the last axis of a (nets, B, H, W, C) map."""
+        from runtime.fused.kernels import layer_norm_kernel
+
+        nets, batch, height, width, channels = x.shape
+        out = self.empty(x, *x.shape)
+        if x.device.type == "meta":
+            return out
+        padded = _power_of_two(channels)
+        rows = max(1, 2048 // padded)
+        m = batch * height * width
+        layer_norm_kernel[(-(-m // rows), nets)](
+            x,
+            norm.gamma,
+            norm.beta,
+            out,
+            m,
+            channels,
+            x.stride(3),
+            out.stride(3),
+            x.stride(0),
+            out.stride(0),
+            norm.gamma.stride(0),
+            norm.epsilon,
+            BM=rows,
+            BC=padded,
+            PDL=self.pdl,
+            num_warps=4,
+            **self._launch_options(),
+        )
+        return out
+
+    def group_norm(self, x: torch.Tensor, norm: Affine, act: str = "silu") -> torch.Tensor:
+        """Of a dense (nets, B, H, W, C) map, by the GroupNorm plugin's kernels."""
+        if x.device.type == "meta":
+            return self.empty(x, *x.shape)
+        from plugins.torch_operator import group_norm_silu, unavailable_reason
+
+        if x.is_cuda and unavailable_reason() is not None:
+            return _plain_group_norm(x, norm, act)
+        maps = x.flatten(0, 1).permute(0, 3, 1, 2)
+        y = group_norm_silu(maps, norm.gamma, norm.beta, None, norm.groups, norm.epsilon, act)
+        return y.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        heads: int,
+        causal: bool = False,
+        images: int = 0,
+        config: Optional[AttentionConfig] = None,
+    ) -> torch.Tensor:
+        """Softmax attention.
+
+        Parameters
+        ----------
+        q : (nets, Q, H, W, C) tensor
+        k, v : (nets, K, S, C) tensors
+            Each serves B / K images in a row.
+        heads : int
+        images : int
+            B of the (nets, B, H, W, C) result; images beyond Q repeat the queries of the first. Default Q.
+        causal : bool
+            A query sees the keys up to its own place.
+        """
+        from runtime.fused.kernels import attention_kernel
+
+        nets, queries, height, width, channels = q.shape
+        batch = images or queries
+        out = self.empty(q, nets, batch, height, width, channels)
+        length, keys, dim = height * width, k.shape[2], channels // heads
+        problem = AttentionProblem(length, keys, dim, heads, nets * batch, causal)
+        if q.device.type == "meta":
+            self.asked_attention.add(problem)
+            return out
+        d1 = 1 << (dim.bit_length() - 1)
+        d2 = 0 if d1 == dim else max(16, _power_of_two(dim - d1))
+        chosen = config or self.tuning.attention(problem)
+        attention_kernel[(-(-length // chosen.bm), heads, nets * batch)](
+            q,
+            k,
+            v,
+            out,
+            length,
+            keys,
+            q.stride(3),
+            k.stride(2),
+            v.stride(2),
+            out.stride(3),
+            q.stride(0),
+            k.stride(0),
+            v.stride(0),
+            out.stride(0),
+            q.stride(1),
+            k.stride(1),
+            v.stride(1),
+            out.stride(1),
+            batch,
+            queries,
+            batch // k.shape[1],
+            dim**-0.5 * LOG2_E,
+            D=dim,
+            D1=d1,
+            D2=d2,
+            CAUSAL=causal,
+            EVEN=keys % chosen.bn == 0,
+            BM=chosen.bm,
+            BN=chosen.bn,
+            STAGES=chosen.stages,
+            PDL=self.pdl,
+            num_warps=chosen.warps,
+            num_stages=chosen.stages,
+            **self._launch_options(),
+        )
+        return out
+
+    def softmax(self, x: torch.Tensor) -> torch.Tensor:
+        """Of the rows of a dense (1, 1, 1, R, C) map."""
+        from runtime.fused.kernels import softmax_kernel
+
+        out = self.empty(x, *x.shape)
+        if x.device.type == "meta":
+            return out
+        channels = x.shape[-1]
+        softmax_kernel[(x.numel() // channels,)](
+            x, out, channels, channels, channels, BC=_power_of_two(channels), PDL=self.pdl, **self._launch_options()
+        )
+        return out
+
+    def first_conv(
+        self,
+        x: torch.Tensor,
+        weights: Weights,
+        images: int,
+        factor: float = 1.0,
+        act: str = "none",
+        added: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
+        """3x3 convolution of a map of few channels.
+
+        Parameters
+        ----------
+        x : (samples, C, H, W) tensor of any type and strides
+            Multiplied by `factor` first.
+        images : int
+            B of the (nets, B, OH, OW, N) result; images beyond the samples repeat them.
+        added : (1, N, OH, OW) tensor, optional
+            Added to what the last net makes.
+        """
+        from runtime.fused.kernels import first_conv_kernel
+
+        samples, channels, height, width = x.shape
+        nets, n = weights.matrix.shape[:2]
+        oh, ow = (-(-size // weights.stride) for size in (height, width))
+        out = self.empty(x, nets, images, oh, ow, n)
+        if x.device.type == "meta":
+            return out
+        m = images * oh * ow
+        bm, bn = 64, min(64, max(16, _power_of_two(n)))
+        first_conv_kernel[(-(-m // bm) * -(-n // bn), nets)](
+            x,
+            weights.matrix,
+            weights.bias,
+            x if added is None else added,
+            out,
+            m,
+            n,
+            height,
+            width,
+            samples,
+            factor,
+            x.stride(1),
+            x.stride(0),
+            x.stride(2),
+            x.stride(3),
+            weights.matrix.stride(1),
+            weights.matrix.stride(0),
+            weights.bias.stride(0),
+            0 if added is None else added.stride(1),
+            out.stride(0),
+            CIN=channels,
+            STRIDE=weights.stride,
+            ACT=act,
+            ADDED_NET=-1 if added is None else nets - 1,
+            BM=bm,
+            BN=bn,
+            BK=max(16, _power_of_two(9 * channels)),
+            PDL=self.pdl,
+            num_warps=4,
+            **self._launch_options(),
+        )
+        return out
+
+    def guide(
+        self,
+        predicted: torch.Tensor,
+        latent: torch.Tensor,
+        noise_last: torch.Tensor,
+        guidance_scale: torch.Tensor,
+        coefficients: torch.Tensor,
+        latent_next: torch.Tensor,
+        noise: torch.Tensor,
+    ) -> None:
+        """Guidance and the update, of (1, 2 samples, H, W, C) float32 predictions; the rest as in the graph."""
+        from runtime.fused.kernels import guide_kernel
+
+        if predicted.device.type == "meta":
+            return
+        _, images, height, width, channels = predicted.shape
+        m = images // 2 * height * width
+        guide_kernel[(-(-m * channels // 256),)](
+            predicted,
+            latent,
+            noise_last,
+            guidance_scale,
+            coefficients,
+            latent_next,
+            noise,
+            m,
+            height * width,
+            N=channels,
+            BM=256,
+            PDL=self.pdl,
+            num_warps=4,
+            **self._launch_options(),
+        )
+
+    def pixels(self, x: torch.Tensor, weights: Weights, out: torch.Tensor) -> None:
+        """The last convolution of a (1, N, H, W, C) map, into an (N, H, W, 3) uint8 image."""
+        from runtime.fused.kernels import pixels_kernel
+
+        if x.device.type == "meta":
+            return
+        _, images, height, width, channels = x.shape
+        m = images * height * width
+        pixels_kernel[(-(-m // 128),)](
+            x,
+            weights.matrix,
+            weights.bias,
+            out,
+            m,
+            weights.out_channels,
+            height,
+            width,
+            channels,
+            BM=128,
+            BN=16,
+            BK=_block_of(channels, 64),
+            STAGES=3,
+            PDL=self.pdl,
+            num_warps=4,
+            num_stages=3,
+            **self._launch_options(),
+        )
+
+    def embed(self, ids: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """(B, L) ids to the (1, B, 1, L, C) sums of token and position embedding."""
+        from runtime.fused.kernels import embed_kernel
+
+        batch, length = ids.shape
+        channels = tokens.shape[1]
+        out = self.empty(ids, 1, batch, 1, length, channels)
+        if ids.device.type != "meta":
+            embed_kernel[(batch * length,)](
+                ids,
+                tokens,
+                positions,
+                out,
+                length,
+                channels,
+                BC=_power_of_two(channels),
+                PDL=self.pdl,
+                **self._launch_options(),
+            )
+        return out
+
+
+def _plain_group_norm(x: torch.Tensor, norm: Affine, act: str) -> torch.Tensor:
+    """By PyTorch's kernels, where the plugin's cannot be compiled; three launches a net instead of one for all."""
+    nets = []
+    for net, gamma, beta in zip(x, norm.gamma, norm.beta):
+        y = F.group_norm(net.permute(0, 3, 1, 2).float(), norm.groups, gamma, beta, norm.epsilon)
+        nets.append((F.silu(y) if act == "silu" else y).permute(0, 2, 3, 1))
+    return torch.stack(nets).to(x.dtype)
+
+
+def _map_descriptor(x: torch.Tensor, block: Tuple[int, ...], flat: bool) -> Any:
+    """A (nets, B, H, W, C) map for TMA; `flat` makes one long row of all pixels of a net."""
+    nets, batch, height, width, channels = x.shape
+    step = x.stride(3)
+    shape = [nets, 1, 1, batch * height * width, channels] if flat else list(x.shape)
+    # Strides of axes with one entry are never used, but TMA wants them divisible by 16 bytes.
+    pixels = shape[2] * shape[3]
+    net_step = x.stride(0) if nets > 1 else shape[1] * pixels * step
+    return _descriptor(x, shape, [net_step, pixels * step, shape[3] * step, step, 1], block)
+
+
+def _descriptor(tensor: torch.Tensor, shape: List[int], strides: List[int], block: Tuple[int, ...]) -> Any:
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    element = gl.bfloat16 if tensor.dtype == torch.bfloat16 else gl.float16
+    layout = gl.NVMMASharedLayout.get_default_for(list(block), element)
+    return TensorDescriptor(tensor, shape, strides, list(block), layout)
+
+
+def _block_of(channels: int, most: int) -> int:
+    """The largest power of two up to `most` that divides the channels, 16 at least."""
+    return max(16, math.gcd(channels, most))
+
+
+def _power_of_two(value: int) -> int:
+    return 1 << max(0, (value - 1).bit_length())

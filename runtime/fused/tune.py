@@ -1,0 +1,204 @@
+"""Times the candidates of each problem on the GPU at hand.
+
+A measurement is a CUDA graph of launches that each read other weights, as the layers of a network do: weights that an
+earlier launch left in the cache would make every candidate look faster than it is.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
+
+import torch
+
+from cldm.machine import available_cores
+from runtime.fused.ops import Fused, Weights
+from runtime.fused.tuning import (
+    AttentionConfig,
+    AttentionProblem,
+    Card,
+    Config,
+    Problem,
+    attention_candidates,
+    candidates,
+)
+
+# More than any card's L2 cache, so that weights come from memory.
+POOL_BYTES = 192 << 20
+MOST_LAUNCHES = 16
+REPLAYS = 4
+
+Report = Callable[[str], None]
+Launch = Callable[[], Any]
+
+
+def card_of(device: str) -> Card:
+    """What the tuning needs to know of a CUDA device."""
+    found = torch.cuda.get_device_properties(device)
+    shared = getattr(found, "shared_memory_per_block_optin", 99 * 1024)
+    capability = 10 * found.major + found.minor
+    boxes = capability == 90 and importlib.util.find_spec("triton.experimental.gluon") is not None
+    return Card(found.name, capability, found.multi_processor_count, shared, boxes)
+
+
+class Bench:
+    """Random operands and a stopwatch.
+
+    Parameters
+    ----------
+    run : Fused
+    device : str
+    """
+
+    def __init__(self, run: Fused, device: str) -> None:
+        self.run = run
+        self.device = device
+        self.pool = self.random(POOL_BYTES // 2)
+
+    def random(self, *shape: int) -> torch.Tensor:
+        """Of the maps' type; zeros would be multiplied faster than real numbers."""
+        return torch.randn(shape, device=self.device).to(self.run.dtype)
+
+    def products(self, problem: Problem, shape: Tuple[int, ...]) -> List[Callable[[Config], Any]]:
+        """A launch for each set of weights that fits the pool; `shape` is the input map's."""
+        x = self.random(*shape)
+        rows = problem.n * (2 if problem.gated else 1)
+        size = problem.nets * rows * problem.depth
+        count = max(2, min(MOST_LAUNCHES, self.pool.numel() // size))
+        step = (self.pool.numel() - size) // (count - 1) // 64 * 64
+        bias = torch.randn(problem.nets, rows, device=self.device)
+        scale, nets = (2, 1) if problem.taps == 4 else (1, problem.nets)
+        out = self.random(nets, shape[1], scale * problem.height, scale * problem.width, problem.n)
+        tail = self.random(*out.shape[:4], problem.tail) if problem.tail else None
+        launches = []
+        for i in range(count):
+            matrix = self.pool[i * step : i * step + size].view(problem.nets, rows, problem.depth)
+            weights = Weights(matrix, bias, problem.taps, problem.tail, problem.stride, problem.gated)
+
+            def launch(config: Config, weights: Weights = weights) -> None:
+                self.run.matmul(x, weights, out, tail=tail, config=config)
+
+            launches.append(launch)
+        return launches
+
+    def attentions(self, problem: AttentionProblem) -> List[Callable[[AttentionConfig], Any]]:
+        channels = problem.heads * problem.dim
+        q = self.random(1, problem.images, 1, problem.length, channels)
+        k, v = (self.random(1, problem.images, problem.keys, channels) for _ in range(2))
+
+        def launch(config: AttentionConfig) -> None:
+            self.run.attention(q, k, v, problem.heads, problem.causal, config=config)
+
+        return [launch] * MOST_LAUNCHES
+
+    def milliseconds(self, launches: Sequence[Launch]) -> float:
+        """Time of one of the launches, the least of some replays."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for launch in launches:
+                launch()
+        times = []
+        for _ in range(REPLAYS):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
+        return min(times[1:]) / len(launches)
+
+
+class _Question:
+    """A problem with its candidates and what launches them."""
+
+    def __init__(self, key: str, work: int, configs: Sequence[Any], launches: Sequence[Callable[[Any], Any]]) -> None:
+        self.key = key
+        self.work = work
+        self.configs = list(configs)
+        self.launches = list(launches)
+
+
+def tune(
+    run: Fused,
+    problems: Mapping[Problem, Tuple[int, ...]],
+    attentions: Iterable[AttentionProblem],
+    device: str,
+    report: Report,
+    seconds: float = 600.0,
+) -> Dict[str, Dict[Tuple[int, ...], float]]:
+    """Milliseconds of each candidate of each problem, by the problem's key, the fastest first.
+
+    Parameters
+    ----------
+    run : Fused
+        Its tuning says which card this is.
+    problems : mapping of Problem to the shape of its input
+    attentions : AttentionProblems
+    device : str
+    report : callable
+        Takes lines of progress.
+    seconds : float
+        After this time the problems that are left, the smallest, are left out.
+    """
+    card, begin = run.tuning.card, time.perf_counter()
+    bench = Bench(run, device)
+    questions = [
+        _Question(problem.key(), problem.flops, candidates(problem, card), bench.products(problem, shape))
+        for problem, shape in problems.items()
+    ]
+    for attention in attentions:
+        work = 4 * attention.images * attention.heads * attention.length * attention.keys * attention.dim
+        questions.append(
+            _Question(attention.key(), work, attention_candidates(attention, card), bench.attentions(attention))
+        )
+    questions.sort(key=lambda question: -question.work)
+    count = sum(len(question.configs) for question in questions)
+    report(f"tuning {len(questions)} kernels' tile sizes for {card.name}: {count} candidates, a minute or two, once")
+    _compile(questions)
+    torch.cuda.synchronize(device)
+    found: Dict[str, Dict[Tuple[int, ...], float]] = {}
+    told = time.perf_counter()
+    for i, question in enumerate(questions):
+        now = time.perf_counter()
+        if now - begin > seconds:
+            report(f"tuning: out of time, {len(questions) - i} problems keep estimates")
+            break
+        if now - told > 10:
+            report(f"tuning: {i} of {len(questions)}, {now - begin:.0f} s")
+            told = now
+        times = _times(bench, question)
+        if times:
+            found[question.key] = times
+    report(f"tuned in {time.perf_counter() - begin:.0f} s")
+    return found
+
+
+def _times(bench: Bench, question: _Question) -> Dict[Tuple[int, ...], float]:
+    times = {}
+    for config in question.configs:
+        launches = [lambda launch=launch, config=config: launch(config) for launch in question.launches]
+        if _failure(launches[0]) is None:
+            times[tuple(config)] = bench.milliseconds(launches)
+    return dict(sorted(times.items(), key=lambda item: item[1]))
+
+
+def _failure(launch: Launch) -> Optional[Exception]:
+    """What a launch raised. A tile that a compiler or a card cannot take is no candidate; that is all it means."""
+    try:
+        launch()
+    except Exception as error:  # Triton's errors have no common base
+        return error
+    return None
+
+
+def _compile(questions: Iterable[_Question]) -> None:
+    """Launch each candidate once, several at a time, so that the compilers work side by side."""
+    launches = [
+        lambda launch=question.launches[0], config=config: launch(config)
+        for question in questions
+        for config in question.configs
+    ]
+    with ThreadPoolExecutor(min(16, max(1, available_cores()))) as pool:
+        list(pool.map(_failure, launches))

@@ -1,0 +1,326 @@
+"""Which tile sizes a matrix product runs with: measured once a GPU and kept in a file, or estimated.
+
+No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+from cldm.files import write_json
+
+# What Hopper and Ampere's larger chips have; a smaller limit leaves out the configurations that do not fit.
+SHARED_MEMORY = 227 * 1024
+
+
+class Problem(NamedTuple):
+    """A convolution or linear layer: (m, taps * cin + tail) by (n, taps * cin + tail), `nets` times."""
+
+    nets: int
+    m: int
+    n: int
+    cin: int
+    tail: int = 0
+    taps: int = 1
+    stride: int = 1
+    gated: bool = False
+    height: int = 1
+    width: int = 0
+
+    @property
+    def images(self) -> int:
+        return self.m // (self.height * self.width)
+
+    @property
+    def depth(self) -> int:
+        return self.taps * self.cin + self.tail
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.nets * self.m * self.n * self.depth * (2 if self.gated else 1)
+
+    @property
+    def weight_elements(self) -> int:
+        return self.nets * self.n * self.depth * (2 if self.gated else 1)
+
+    def key(self) -> str:
+        kind = "".join(
+            part
+            for part, there in (
+                ("conv", self.taps == 9),
+                ("up-conv", self.taps == 4),
+                ("linear", self.taps == 1),
+                (f"-stride{self.stride}", self.stride > 1),
+                ("-gated", self.gated),
+            )
+            if there
+        )
+        size = f"m={self.m}" if self.taps == 1 else f"{self.images}x{self.height}x{self.width}"
+        return f"{kind} nets={self.nets} {size} n={self.n} cin={self.cin} tail={self.tail}"
+
+
+class Config(NamedTuple):
+    """Tile of a program, its warps, blocks of the sum in flight, and programs that share one tile's sum.
+
+    With `bx` the kernel for compute capability 9.0 runs, on boxes of bm / (by bx) images x by x bx pixels.
+    """
+
+    bm: int
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+    splits: int = 1
+    by: int = 0
+    bx: int = 0
+
+
+class AttentionConfig(NamedTuple):
+    """Queries and keys of a tile, warps, and key blocks loaded ahead."""
+
+    bm: int
+    bn: int
+    warps: int
+    stages: int
+
+
+class AttentionProblem(NamedTuple):
+    """`images` times `heads` heads of `dim` channels, each with `length` queries over `keys` keys."""
+
+    length: int
+    keys: int
+    dim: int
+    heads: int
+    images: int
+    causal: bool = False
+
+    def key(self) -> str:
+        kind = "causal attention" if self.causal else "attention"
+        return f"{kind} {self.length}x{self.keys} dim={self.dim} heads={self.heads * self.images}"
+
+
+class Card(NamedTuple):
+    """What of a GPU decides which configurations can run."""
+
+    name: str
+    capability: int
+    processors: int
+    shared_memory: int
+    boxes: bool = False
+
+
+def shared_bytes(problem: Problem, config: Config) -> int:
+    """Shared memory of a program: the blocks in flight, two bytes an element."""
+    rows = config.bm + config.bn * (2 if problem.gated else 1)
+    return rows * config.bk * 2 * config.stages
+
+
+def row_tiles(problem: Problem, config: Config) -> int:
+    """Tiles that the output's pixels are cut into."""
+    if not config.bx or problem.taps == 1:
+        return -(-problem.m // config.bm)
+    images = config.bm // (config.by * config.bx)
+    return -(-problem.images // images) * -(-problem.height // config.by) * -(-problem.width // config.bx)
+
+
+def tiles(problem: Problem, config: Config) -> int:
+    return problem.nets * row_tiles(problem, config) * -(-problem.n // config.bn)
+
+
+def box(problem: Problem, bm: int) -> Tuple[int, int]:
+    """Height and width of the box of bm pixels that covers the map with the fewest tiles."""
+    if problem.taps == 1:
+        return 1, bm
+    best = (0, 0, 0, 0)
+    for by in (1, 2, 4, 8, 16, 32, 64):
+        for bx in (1, 2, 4, 8, 16, 32, 64):
+            if bm % (by * bx) == 0 and bm // (by * bx) <= max(1, 2 * problem.images - 1):
+                count = row_tiles(problem, Config(bm, 1, 1, 1, 1, 1, by, bx))
+                # The fewest tiles; among these the one whose neighbours share the least.
+                rank = (-count, -abs(by - bx), by, bx)
+                best = max(best, rank) if best[2] else rank
+    return best[2], best[3]
+
+
+def fits(problem: Problem, config: Config, card: Card) -> bool:
+    """Whether a configuration can run a problem on a card."""
+    if shared_bytes(problem, config) > card.shared_memory or (problem.gated and config.splits > 1):
+        return False
+    rows = config.bm * config.bn * (2 if problem.gated else 1)
+    if rows > 128 * 256 or rows // (32 * config.warps) > 128:  # sums that do not fit the registers
+        return False
+    blocks = problem.taps * -(-problem.cin // config.bk) + -(-problem.tail // config.bk)
+    return config.splits <= max(1, blocks // 2)
+
+
+# Tiles with their warps, and the numbers of blocks to load ahead that are worth a try.
+_SHAPES = (
+    (128, 128, 4, (3, 4)),
+    (128, 128, 8, (3, 4)),
+    (128, 64, 4, (3, 4, 5)),
+    (64, 128, 4, (3, 4, 5)),
+    (64, 64, 4, (4, 6)),
+    (64, 32, 4, (4, 6)),
+    (128, 32, 4, (4, 6)),
+    (128, 256, 8, (3, 4)),
+    (256, 128, 8, (3, 4)),
+    (256, 64, 8, (3, 4)),
+    (64, 256, 4, (3, 4)),
+    (32, 64, 4, (4, 6)),
+    (16, 64, 2, (4, 6)),
+    (128, 16, 4, (4,)),
+)
+_SPLITS = (1, 2, 3, 4, 6, 8, 12)
+
+
+# The same for the kernel of compute capability 9.0.
+_BOX_SHAPES = (
+    (64, 32, 4, (4, 6, 8)),
+    (64, 64, 4, (4, 6)),
+    (64, 128, 4, (3, 4, 6)),
+    (64, 256, 4, (3, 4)),
+    (128, 32, 4, (4, 6)),
+    (128, 64, 4, (3, 4, 6)),
+    (128, 128, 4, (3, 4)),
+    (128, 128, 8, (3, 4, 6)),
+    (128, 256, 8, (3, 4)),
+    (256, 64, 8, (3, 4)),
+    (256, 128, 8, (3, 4)),
+)
+
+
+# Of the first kernel's tiles, those that may still win where the second can run.
+_FEW_SHAPES = ((128, 128, 4, (4,)), (128, 64, 4, (3, 5)), (64, 128, 4, (3, 5)), (64, 64, 4, (4, 6)), (64, 32, 4, (6,)))
+
+
+def _shapes(problem: Problem, card: Card) -> Iterator[Config]:
+    """Tiles without splits, of both kernels."""
+    boxes = card.boxes and problem.stride == 1 and problem.cin >= 32 and problem.cin % 8 == 0 and problem.tail % 8 == 0
+    bk = next((size for size in (64, 32) if problem.cin % size == 0 and problem.tail % size == 0), 16)
+    for bm, bn, warps, depths in _FEW_SHAPES if boxes and problem.n >= 32 else _SHAPES:
+        for stages in depths:
+            yield Config(bm, bn, bk, warps, stages)
+    if boxes:
+        for bm, bn, warps, depths in _BOX_SHAPES:
+            for stages in depths:
+                yield Config(bm, bn, 64 if problem.cin >= 64 else 32, warps, stages, 1, *box(problem, bm))
+
+
+def candidates(problem: Problem, card: Card) -> List[Config]:
+    """Configurations worth timing: those that about fill the card."""
+    found: List[Config] = []
+    for shape in _shapes(problem, card):
+        if shape.bm >= 2 * max(problem.m, 64) or shape.bn >= 2 * max(problem.n, 16):
+            continue
+        for splits in _SPLITS:
+            config = shape._replace(splits=splits)
+            programs = tiles(problem, config) * splits
+            too_many = splits > 1 and programs > 2.5 * card.processors
+            too_few = programs < 0.4 * card.processors and splits < _SPLITS[-1]
+            if fits(problem, config, card) and not too_many and (not too_few or problem.gated):
+                found.append(config)
+    return found or [estimate(problem, card)]
+
+
+def estimate(problem: Problem, card: Card) -> Config:
+    """A configuration that is never far off, for problems that nobody measured."""
+    bk = 64 if problem.cin % 64 == 0 else 32 if problem.cin % 32 == 0 else 16
+    best: Optional[Config] = None
+    for bm, bn, warps in ((128, 128, 8), (128, 64, 4), (64, 64, 4), (64, 32, 4), (32, 32, 2)):
+        config = Config(bm, bn, bk, warps, 3)
+        if not fits(problem, config, card):
+            continue
+        best = config
+        if tiles(problem, config) >= card.processors:
+            return config
+    if best is None:
+        best = Config(32, 32, 16, 2, 2)
+    if not problem.gated:
+        blocks = problem.depth // best.bk
+        wanted = max(1, card.processors // max(1, tiles(problem, best)))
+        best = best._replace(splits=max(1, min(wanted, blocks // 4, 8)))
+    return best
+
+
+def attention_fits(problem: AttentionProblem, config: AttentionConfig, card: Card) -> bool:
+    """Whether the queries, and the keys and values in flight, fit the shared memory, and the sums the registers."""
+    dim = 16 * -(-problem.dim // 16)
+    shared = 2 * dim * (config.bm + 2 * config.bn * config.stages)
+    registers = config.bm * (config.bn + dim) // (32 * config.warps)
+    return shared <= card.shared_memory and registers <= 160
+
+
+def attention_candidates(problem: AttentionProblem, card: Card) -> List[AttentionConfig]:
+    """Configurations worth timing."""
+    found = []
+    for bm, warps in ((32, 4), (64, 4), (128, 4), (128, 8)):
+        for bn in (32, 64, 128):
+            if bm >= 2 * max(32, problem.length) or bn >= 2 * max(32, problem.keys):
+                continue
+            for stages in (2, 3):
+                config = AttentionConfig(bm, bn, warps, stages)
+                if attention_fits(problem, config, card):
+                    found.append(config)
+    return found
+
+
+class Tuning:
+    """The configurations of one card.
+
+    Parameters
+    ----------
+    card : Card
+    table : mapping of problem keys to lists of numbers, the fields of a configuration
+    """
+
+    def __init__(self, card: Card, table: Optional[Mapping[str, Sequence[int]]] = None) -> None:
+        self.card = card
+        self.table: Dict[str, Sequence[int]] = dict(table or {})
+
+    def config(self, problem: Problem) -> Config:
+        """What was measured to be the fastest, or an estimate."""
+        found = self.table.get(problem.key())
+        if found is not None:
+            config = Config(*found)
+            if fits(problem, config, self.card) and (not config.bx or self.card.boxes):
+                return config
+        return estimate(problem, self.card)
+
+    def attention(self, problem: AttentionProblem) -> AttentionConfig:
+        """The same for attention."""
+        found = self.table.get(problem.key())
+        if found is not None and attention_fits(problem, AttentionConfig(*found), self.card):
+            return AttentionConfig(*found)
+        for config in (AttentionConfig(64, 64, 4, 2), AttentionConfig(64, 32, 4, 2), AttentionConfig(32, 32, 4, 2)):
+            if attention_fits(problem, config, self.card):
+                return config
+        return AttentionConfig(16, 16, 1, 1)
+
+
+def card_slug(card: Card) -> str:
+    """The card's name as a file name."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", card.name).strip("_")
+
+
+def read_table(path: Path) -> Dict[str, List[int]]:
+    """The configurations of a file that `write_table` left.
+
+    Raises
+    ------
+    ValueError
+        It is not such a file.
+    """
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))["configs"]
+        return {str(key): [int(number) for number in numbers.split()] for key, numbers in stored.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a table of tile sizes: {error}; delete it, it is made again") from error
+
+
+def write_table(path: Path, card: Card, versions: Mapping[str, str], table: Mapping[str, Sequence[int]]) -> None:
+    """Write configurations, and on what they were measured."""
+    configs = {key: " ".join(str(number) for number in numbers) for key, numbers in table.items()}
+    write_json(path, {"card": card._asdict(), "versions": dict(versions), "configs": configs})

@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 from benchmarks.chain import Chain
 from benchmarks.device import busy_microseconds, kind_of, process_mebibytes, used_mebibytes
-from cldm.config import ModelConfig, load_config
+from cldm.config import load_config
 from cldm.image import canny_map, resize_image, target_size, to_three_channels
 from cldm.request import Request
 
@@ -75,17 +75,6 @@ class Job:
         if image is None:
             raise ValueError(f"cannot read the picture {self.picture}")
         return (image, *target_size(*image.shape[:2], self.resolution))
-
-
-def find_tokenizer(config: ModelConfig) -> Any:
-    """The model's tokenizer, or where its vocabulary is not here the tiny model's, as with random weights."""
-    from cldm.tokenizer import Tokenizer, TokenizerNotFound
-
-    try:
-        return Tokenizer(config)
-    except TokenizerNotFound:
-        tiny = load_config("tiny")
-        return Tokenizer(dataclasses.replace(config, folder=tiny.folder, tokenizer=tiny.tokenizer))
 
 
 def synchronise(device: str) -> None:
@@ -380,6 +369,7 @@ class EagerGraphs:
             The job leaves device or precision open.
         """
         from cldm.checkpoint import load_model
+        from cldm.tokenizer import find_tokenizer
         from cldm.weights import find_weights
         from deploy.graphs import build_graph
         from deploy.spec import Build, graph_specs
@@ -388,8 +378,9 @@ class EagerGraphs:
         job, config = self._job, load_config(self._job.model)
         self.device, precision = job.fixed_place()
         self.build = Build(config, self._height, self._width, job.samples, precision)
-        self.tokenizer = find_tokenizer(config)
-        model = load_model(config, find_weights(config, None, job.random_weights)).to(self.device)
+        weights = find_weights(config, None, job.random_weights)
+        self.tokenizer = find_tokenizer(config, weights)
+        model = load_model(config, weights).to(self.device)
         sessions = {
             name: TorchSession(build_graph(name, model, precision, job.samples), spec)
             for name, spec in graph_specs(self.build).items()

@@ -76,13 +76,16 @@ class Workspace:
 
     def write(self, name: str, value: Any) -> None:
         """Copy an array or tensor of the same shape into a tensor, or where it is staged into its host copy."""
-        import torch
-
         target = self.host(name)
-        source = torch.as_tensor(value)
-        if source.shape != target.shape:
-            raise ValueError(f"{name} has shape {tuple(target.shape)}, got {tuple(source.shape)}")
-        target.copy_(source)
+        if tuple(value.shape) != tuple(target.shape):
+            raise ValueError(f"{name} has shape {tuple(target.shape)}, got {tuple(value.shape)}")
+        if isinstance(value, np.ndarray) and target.device.type == "cpu":
+            # Not by PyTorch: it wakes threads for a hundred kilobytes, which takes milliseconds.
+            np.copyto(target.numpy(), value)
+        else:
+            import torch
+
+            target.copy_(torch.as_tensor(value))
 
     def upload(self, name: str) -> None:
         """Enqueue the copy from the host, where tensors are staged."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 import os
 from pathlib import Path
@@ -39,6 +40,10 @@ def fused_problem(device: str, precision: str) -> Optional[str]:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"they need compute capability 8.0, and this GPU has {major}.{minor}"
+    try:
+        importlib.import_module("runtime.fused.kernels")
+    except ImportError as error:
+        return f"this version of triton is too old for them: {error}"
     return None
 
 
@@ -77,7 +82,7 @@ class FusedNetworks:
     """
 
     def __init__(self, model: Any, device: str, precision: str, folder: Path, report: Report) -> None:
-        # Looked at when triton is first imported.
+        # Looked at when triton first compiles.
         os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
         import torch
 
@@ -129,6 +134,7 @@ class FusedNetworks:
         specs = graph_specs(build)
         if self._tunes:
             self._tune(specs)
+        self._compile(specs)
         return {
             name: (TorchSession if name == "time" else FusedSession)(network, specs[name])
             for name, network in self._networks.items()
@@ -155,6 +161,31 @@ class FusedNetworks:
             table.update({key: list(next(iter(times))) for key, times in found.items()})
             versions = {"torch": torch.__version__, "triton": triton.__version__}
             write_table(self._path(self._tuning.card), self._tuning.card, versions, table)
+
+    def _compile(self, specs: Mapping[str, GraphSpec]) -> None:
+        """Compile what the networks launch, several kernels at a time: one after the other it takes a minute."""
+        import torch
+
+        from runtime.fused.tune import run_all
+
+        for name, network in self._networks.items():
+            if name == "time":
+                continue
+            with torch.no_grad(), network.run.putting_off() as launches:
+                network(_zeros(specs[name].inputs, self._device), _zeros(specs[name].outputs, self._device))
+            for error in run_all(launches.values()):
+                raise error
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+
+
+def _zeros(tensors: Mapping[str, Any], device: str) -> Dict[str, Any]:
+    import torch
+
+    return {
+        name: torch.zeros(tuple(tensor.shape), dtype=getattr(torch, tensor.dtype), device=device)
+        for name, tensor in tensors.items()
+    }
 
 
 def _meta(tensors: Mapping[str, Any]) -> Dict[str, Any]:

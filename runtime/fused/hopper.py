@@ -235,7 +235,8 @@ def tma_matmul_kernel(
     ox = x0 + r % BX
     cols = n0 + gl.arange(0, BN, layout=gl.SliceLayout(0, flat))
     inside_n = cols < N
-    inside = ((image < images) & (oy < OH) & (ox < OW))[:, None] & inside_n[None, :]
+    inside_m = (image < images) & (oy < OH) & (ox < OW)
+    inside = inside_m[:, None] & inside_n[None, :]
     rows = (image * OH + oy) * OW + ox
     far = net.to(gl.int64)
 
@@ -258,13 +259,15 @@ def tma_matmul_kernel(
         if HAS_BIAS:
             acc += gl.load(bias + far * bias_net + cols, mask=inside_n, other=0.0).to(gl.float32)[None, :]
         if GATED:
-            gate_bias = gl.load(bias + far * bias_net + N + cols, mask=inside_n, other=0.0).to(gl.float32)
-            acc = acc * _activate(gl.convert_layout(gate, flat) + gate_bias[None, :], "gelu")
+            gates = gl.convert_layout(gate, flat)
+            if HAS_BIAS:
+                gates += gl.load(bias + far * bias_net + N + cols, mask=inside_n, other=0.0).to(gl.float32)[None, :]
+            acc = acc * _activate(gates, "gelu")
         if HAS_SHIFT:
             acc += gl.load(shift + far * shift_net + cols, mask=inside_n, other=0.0).to(gl.float32)[None, :]
         acc = _activate(acc, ACT)
         if HAS_SCALE:
-            factors = gl.load(scale + rows // scale_rows * scale_step, mask=image < images, other=0.0)
+            factors = gl.load(scale + rows // scale_rows * scale_step, mask=inside_m, other=0.0)
             acc *= factors.to(gl.float32)[:, None]
         if HAS_RESIDUAL:
             spots = residual + far * residual_net + (rows % residual_rows)[:, None] * ldr + cols[None, :]

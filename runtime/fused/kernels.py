@@ -210,7 +210,8 @@ def matmul_kernel(
             bias += net * bias_net
             acc += tl.load(bias + cols, mask=inside_n, other=0.0).to(tl.float32)[None, :]
         if GATED:
-            gate += tl.load(bias + N + cols, mask=inside_n, other=0.0).to(tl.float32)[None, :]
+            if HAS_BIAS:
+                gate += tl.load(bias + N + cols, mask=inside_n, other=0.0).to(tl.float32)[None, :]
             acc = acc * _activate(gate, "gelu")
         if HAS_SHIFT:
             acc += tl.load(shift + net * shift_net + cols, mask=inside_n, other=0.0).to(tl.float32)[None, :]
@@ -510,10 +511,11 @@ def pixels_kernel(
     """The autoencoder's last convolution, and from [-1, 1] to uint8 (samples, H, W, N), rounded down."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     cols = tl.arange(0, BN)
-    place = rows % (H * W)
+    safe_rows = tl.where(rows < M, rows, 0)
+    place = safe_rows % (H * W)
     shift = tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)
     _begin(PDL)
-    acc = _narrow_conv(x, w, rows // (H * W), place // W, place % W, H, W, C, N, BM, BN, BK, STAGES)
+    acc = _narrow_conv(x, w, safe_rows // (H * W), place // W, place % W, H, W, C, N, BM, BN, BK, STAGES)
     value = tl.minimum(tl.maximum((acc + shift[None, :]) * 127.5 + 127.5, 0.0), 255.0)
     inside = (rows < M)[:, None] & (cols < N)[None, :]
     tl.store(out + rows[:, None] * N + cols[None, :], tl.floor(value).to(tl.uint8), mask=inside)

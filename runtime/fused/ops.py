@@ -7,9 +7,10 @@ which is how the shapes to tune are found.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
-from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 from runtime.fused.tuning import AttentionConfig, AttentionProblem, Config, Problem, Tuning, row_tiles
 
 LOG2_E = math.log2(math.e)
+# The kernels' offsets within a net's map are 32-bit integers.
+MOST_ELEMENTS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,10 @@ class Fused:
         self.pdl = pdl
         self.asked: Dict[Problem, Tuple[int, ...]] = {}
         self.asked_attention: Set[AttentionProblem] = set()
+        self._put_off: Optional[Dict[Tuple[Any, ...], Callable[[], None]]] = None
         self._scratch: Dict[torch.device, Tuple[torch.Tensor, torch.Tensor]] = {}
+        # Kept: graphs that were captured with them go on using them.
+        self._outgrown: List[Tuple[torch.Tensor, torch.Tensor]] = []
 
     def empty(self, like: torch.Tensor, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=self.dtype, device=like.device)
@@ -116,6 +122,11 @@ class Fused:
             Images of the output beyond R repeat the first.
         scale : (rows,) strided tensor, optional
             A factor for each `B / rows` images in a row; for one net.
+
+        Raises
+        ------
+        ValueError
+            The weights are for other channels, or a map is too large or not rows of pixels.
         """
         nets, batch, height, width, channels = x.shape
         up = weights.taps == 4
@@ -139,6 +150,8 @@ class Fused:
             factor = 2 if up else 1
             like = weights.matrix if weights.matrix.is_meta else x
             out = self.empty(like, nets, batch, factor * oh, factor * ow, n)
+        for name, map_ in (("input", x), ("output", out), ("tail", tail), ("residual", residual)):
+            _check_map(name, map_)
         if out.is_meta:
             self.asked[problem] = tuple(x.shape)
             return out
@@ -168,7 +181,9 @@ class Fused:
         partials, counters = self._split_scratch(x.device, problem, config, tiles)
         matrix, bias = weights.matrix, weights.bias
         images = 1 if scale is None else problem.m // (oh * ow) // scale.shape[0]
-        matmul_kernel[(tiles, config.splits, problem.nets)](
+        self._launch(
+            matmul_kernel,
+            (tiles, config.splits, problem.nets),
             x,
             x if tail is None else tail,
             matrix,
@@ -219,10 +234,8 @@ class Fused:
             BN=config.bn,
             BK=config.bk,
             STAGES=config.stages,
-            PDL=self.pdl,
             num_warps=config.warps,
             num_stages=config.stages,
-            **self._launch_options(),
         )
 
     def _launch_boxes(
@@ -250,7 +263,9 @@ class Fused:
         partials, counters = self._split_scratch(x.device, problem, config, tiles)
         matrix, bias = weights.matrix, weights.bias
         maps = _map_descriptor(x, block, linear)
-        tma_matmul_kernel[(tiles, config.splits, problem.nets)](
+        self._launch(
+            tma_matmul_kernel,
+            (tiles, config.splits, problem.nets),
             maps,
             maps if tail is None else _map_descriptor(tail, block, linear),
             _descriptor(matrix, list(matrix.shape), list(matrix.stride()), (1, config.bn, config.bk)),
@@ -294,13 +309,33 @@ class Fused:
             BK=config.bk,
             STAGES=config.stages,
             STATIC=weights.static,
-            PDL=self.pdl,
             num_warps=config.warps,
-            **self._launch_options(),
         )
 
-    def _launch_options(self) -> Dict[str, Any]:
-        return {"launch_pdl": True} if self.pdl else {}
+    def _launch(self, kernel: Any, grid: Tuple[int, ...], *operands: Any, **options: Any) -> None:
+        """Every launch: at once, or where they are put off, noted unless one that needs the same compilation is."""
+        if self.pdl:
+            options["launch_pdl"] = True
+
+        def go() -> None:
+            kernel[grid](*operands, PDL=self.pdl, **options)
+
+        if self._put_off is None:
+            go()
+        else:
+            self._put_off.setdefault(_variant(kernel, operands, options), go)
+
+    @contextlib.contextmanager
+    def putting_off(self) -> Iterator[Dict[Tuple[Any, ...], Callable[[], None]]]:
+        """Inside, launches are only noted, one of each that needs a compilation of its own.
+
+        Run later, in any order, they compute nothing of use; but then everything is compiled.
+        """
+        self._put_off = {}
+        try:
+            yield self._put_off
+        finally:
+            self._put_off = None
 
     def _split_scratch(
         self, device: torch.device, problem: Problem, config: Config, tiles: int
@@ -315,6 +350,8 @@ class Fused:
             floats = counts * config.splits * config.bm * config.bn
         found = self._scratch.get(device)
         if found is None or found[0].numel() < floats or found[1].numel() < counts:
+            if found is not None:
+                self._outgrown.append(found)
             floats, counts = max(floats, 8 << 20), max(counts, 4096)
             found = (torch.empty(floats, device=device), torch.zeros(counts, dtype=torch.int32, device=device))
             self._scratch[device] = found
@@ -326,12 +363,15 @@ class Fused:
 
         nets, batch, height, width, channels = x.shape
         out = self.empty(x, *x.shape)
+        _check_map("input", x)
         if x.device.type == "meta":
             return out
         padded = _power_of_two(channels)
         rows = max(1, 2048 // padded)
         m = batch * height * width
-        layer_norm_kernel[(-(-m // rows), nets)](
+        self._launch(
+            layer_norm_kernel,
+            (-(-m // rows), nets),
             x,
             norm.gamma,
             norm.beta,
@@ -346,9 +386,7 @@ class Fused:
             norm.epsilon,
             BM=rows,
             BC=padded,
-            PDL=self.pdl,
             num_warps=4,
-            **self._launch_options(),
         )
         return out
 
@@ -397,10 +435,13 @@ class Fused:
         if q.device.type == "meta":
             self.asked_attention.add(problem)
             return out
-        d1 = 1 << (dim.bit_length() - 1)
-        d2 = 0 if d1 == dim else max(16, _power_of_two(dim - d1))
+        # At least 16, which tensor cores take at once.
+        d1 = max(16, 1 << (dim.bit_length() - 1))
+        d2 = 0 if d1 >= dim else max(16, _power_of_two(dim - d1))
         chosen = config or self.tuning.attention(problem)
-        attention_kernel[(-(-length // chosen.bm), heads, nets * batch)](
+        self._launch(
+            attention_kernel,
+            (-(-length // chosen.bm), heads, nets * batch),
             q,
             k,
             v,
@@ -431,10 +472,8 @@ class Fused:
             BM=chosen.bm,
             BN=chosen.bn,
             STAGES=chosen.stages,
-            PDL=self.pdl,
             num_warps=chosen.warps,
             num_stages=chosen.stages,
-            **self._launch_options(),
         )
         return out
 
@@ -446,8 +485,8 @@ class Fused:
         if x.device.type == "meta":
             return out
         channels = x.shape[-1]
-        softmax_kernel[(x.numel() // channels,)](
-            x, out, channels, channels, channels, BC=_power_of_two(channels), PDL=self.pdl, **self._launch_options()
+        self._launch(
+            softmax_kernel, (x.numel() // channels,), x, out, channels, channels, channels, BC=_power_of_two(channels)
         )
         return out
 
@@ -477,11 +516,14 @@ class Fused:
         nets, n = weights.matrix.shape[:2]
         oh, ow = (-(-size // weights.stride) for size in (height, width))
         out = self.empty(x, nets, images, oh, ow, n)
+        _check_map("output", out)
         if x.device.type == "meta":
             return out
         m = images * oh * ow
         bm, bn = 64, min(64, max(16, _power_of_two(n)))
-        first_conv_kernel[(-(-m // bm) * -(-n // bn), nets)](
+        self._launch(
+            first_conv_kernel,
+            (-(-m // bm) * -(-n // bn), nets),
             x,
             weights.matrix,
             weights.bias,
@@ -509,9 +551,7 @@ class Fused:
             BM=bm,
             BN=bn,
             BK=max(16, _power_of_two(9 * channels)),
-            PDL=self.pdl,
             num_warps=4,
-            **self._launch_options(),
         )
         return out
 
@@ -532,7 +572,9 @@ class Fused:
             return
         _, images, height, width, channels = predicted.shape
         m = images // 2 * height * width
-        guide_kernel[(-(-m * channels // 256),)](
+        self._launch(
+            guide_kernel,
+            (-(-m * channels // 256),),
             predicted,
             latent,
             noise_last,
@@ -544,9 +586,7 @@ class Fused:
             height * width,
             N=channels,
             BM=256,
-            PDL=self.pdl,
             num_warps=4,
-            **self._launch_options(),
         )
 
     def pixels(self, x: torch.Tensor, weights: Weights, out: torch.Tensor) -> None:
@@ -557,7 +597,9 @@ class Fused:
             return
         _, images, height, width, channels = x.shape
         m = images * height * width
-        pixels_kernel[(-(-m // 128),)](
+        self._launch(
+            pixels_kernel,
+            (-(-m // 128),),
             x,
             weights.matrix,
             weights.bias,
@@ -571,10 +613,8 @@ class Fused:
             BN=16,
             BK=_block_of(channels, 64),
             STAGES=3,
-            PDL=self.pdl,
             num_warps=4,
             num_stages=3,
-            **self._launch_options(),
         )
 
     def embed(self, ids: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -585,7 +625,9 @@ class Fused:
         channels = tokens.shape[1]
         out = self.empty(ids, 1, batch, 1, length, channels)
         if ids.device.type != "meta":
-            embed_kernel[(batch * length,)](
+            self._launch(
+                embed_kernel,
+                (batch * length,),
                 ids,
                 tokens,
                 positions,
@@ -593,10 +635,37 @@ class Fused:
                 length,
                 channels,
                 BC=_power_of_two(channels),
-                PDL=self.pdl,
-                **self._launch_options(),
             )
         return out
+
+
+def _variant(kernel: Any, operands: Sequence[Any], options: Mapping[str, Any]) -> Tuple[Any, ...]:
+    """What Triton compiles a launch for: types, divisibility by 16, ones, and compile-time values."""
+    kinds: List[Any] = []
+    for operand in operands:
+        if isinstance(operand, torch.Tensor):
+            kinds.append((operand.dtype, operand.data_ptr() % 16 == 0))
+        elif isinstance(operand, int):
+            kinds.append((operand == 1, operand % 16 == 0, operand < 2**31))
+        else:
+            kinds.append(type(operand))
+    return (kernel, tuple(kinds), tuple(sorted(options.items())))
+
+
+def _check_map(name: str, x: Optional[torch.Tensor]) -> None:
+    """Raise ValueError unless a (nets, B, H, W, C) map is what the kernels can address."""
+    if x is None:
+        return
+    _, batch, height, width, channels = x.shape
+    image, row, pixel, channel = x.stride()[1:]
+    rows = (height == 1 or row == width * pixel) and (batch == 1 or image == height * width * pixel)
+    if not rows or (channels > 1 and channel != 1):
+        raise ValueError(f"the {name} {tuple(x.shape)} with strides {x.stride()} is no row of pixels")
+    if (batch * height * width - 1) * pixel + channels > MOST_ELEMENTS:
+        raise ValueError(
+            f"the {name} {tuple(x.shape)} has more elements than 32-bit offsets reach:"
+            " take fewer samples or a smaller picture"
+        )
 
 
 def _plain_group_norm(x: torch.Tensor, norm: Affine, act: str) -> torch.Tensor:

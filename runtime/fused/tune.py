@@ -6,12 +6,12 @@ earlier launch left in the cache would make every candidate look faster than it 
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import torch
+import triton
 
 from cldm.machine import available_cores
 from runtime.fused.ops import Fused, Weights
@@ -28,6 +28,8 @@ from runtime.fused.tuning import (
 # More than any card's L2 cache, so that weights come from memory.
 POOL_BYTES = 192 << 20
 MOST_LAUNCHES = 16
+# The version whose Gluon `runtime.fused.hopper` is written in.
+GLUON_TRITON = "3.6."
 REPLAYS = 4
 
 Report = Callable[[str], None]
@@ -39,7 +41,8 @@ def card_of(device: str) -> Card:
     found = torch.cuda.get_device_properties(device)
     shared = getattr(found, "shared_memory_per_block_optin", 99 * 1024)
     capability = 10 * found.major + found.minor
-    boxes = capability == 90 and importlib.util.find_spec("triton.experimental.gluon") is not None
+    # Gluon's interface still changes with each version of Triton; the other kernel runs on all.
+    boxes = capability == 90 and triton.__version__.startswith(GLUON_TRITON)
     return Card(found.name, capability, found.multi_processor_count, shared, boxes)
 
 
@@ -156,7 +159,12 @@ def tune(
     questions.sort(key=lambda question: -question.work)
     count = sum(len(question.configs) for question in questions)
     report(f"tuning {len(questions)} kernels' tile sizes for {card.name}: {count} candidates, a minute or two, once")
-    _compile(questions)
+    # Where a candidate fails is seen when it is timed.
+    run_all(
+        lambda launch=question.launches[0], config=config: launch(config)
+        for question in questions
+        for config in question.configs
+    )
     torch.cuda.synchronize(device)
     found: Dict[str, Dict[Tuple[int, ...], float]] = {}
     told = time.perf_counter()
@@ -193,12 +201,7 @@ def _failure(launch: Launch) -> Optional[Exception]:
     return None
 
 
-def _compile(questions: Iterable[_Question]) -> None:
-    """Launch each candidate once, several at a time, so that the compilers work side by side."""
-    launches = [
-        lambda launch=question.launches[0], config=config: launch(config)
-        for question in questions
-        for config in question.configs
-    ]
+def run_all(launches: Iterable[Launch]) -> List[Exception]:
+    """Launch several at a time, so that the compilers work side by side; what was raised."""
     with ThreadPoolExecutor(min(16, max(1, available_cores()))) as pool:
-        list(pool.map(_failure, launches))
+        return [error for error in pool.map(_failure, launches) if error is not None]

@@ -9,13 +9,15 @@ down to j collect to
 
     x_j = sqrt(a_j / a_i) x_i + sqrt(a_j) (c_0 e_i + c_1 e_p),    c_m = sum of D_l w_m(l) over l = j + 1 .. i
 
-which is one row `x_next = A x + B e + C e_last` of the step graph. All of it is float64 NumPy on the host.
+which is one row `x_next = A x + B e + C e_last` of the step graph. A calibrated plan may correct the weight of x as
+well, y_j = (1 + c_x) y_i + c_0 e_i + c_1 e_p, and tell the network another timestep than its index's own: both cost
+nothing. All of it is float64 NumPy on the host.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Sequence, Tuple
+from dataclasses import dataclass, replace
+from typing import Any, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -59,7 +61,10 @@ class SamplingPlan:
 
     def __str__(self) -> str:
         count = f"{len(self.indices)} of {self.num_steps} evaluations"
-        return ", ".join(part for part in (count, self.kind, self.detail) if part)
+        kind, detail = self.kind, self.detail
+        if detail.startswith("on "):  # "calibrated on 32 cases"
+            kind, detail = f"{kind} {detail}", ""
+        return ", ".join(part for part in (count, kind, detail) if part)
 
 
 def exact_plan(config: ScheduleConfig, num_steps: int, eta: float = 0.0) -> SamplingPlan:
@@ -107,29 +112,44 @@ def linear_plan(
 
 
 def calibrated_plan(
-    config: ScheduleConfig, num_steps: int, indices: Sequence[int], moves: Any, detail: str = ""
+    config: ScheduleConfig,
+    num_steps: int,
+    indices: Sequence[int],
+    moves: Any,
+    detail: str = "",
+    timesteps: Optional[Sequence[int]] = None,
 ) -> SamplingPlan:
-    """Each segment's weights of the last two predictions as they were fitted.
+    """Each segment's weights of the last two predictions, and of the latent, as they were fitted.
 
     Parameters
     ----------
-    moves : (E, 2) array of floats
-        c_0 and c_1 of each segment; the first segment has no earlier prediction, so its c_1 is 0.
+    moves : (E, 2) or (E, 3) array of floats
+        c_0 and c_1 of each segment, and c_x where there is a third column; the first segment has no earlier
+        prediction, so its c_1 is 0.
+    timesteps : sequence of E ints, optional
+        What the network is told at each evaluation, 0 .. train_steps - 1; default: the indices' own.
 
     Raises
     ------
     ValueError
-        As `subset_plan`, or the moves are not of that form or not finite.
+        As `subset_plan`, or the moves or timesteps are not of that form or not finite.
     """
     trail = _Trail(config, num_steps, indices)
     moves = np.asarray(moves, np.float64)
-    if moves.shape != (len(trail.indices), 2):
-        raise ValueError(
-            f"{len(trail.indices)} evaluations need moves of shape ({len(trail.indices)}, 2), got {moves.shape}"
-        )
+    count = len(trail.indices)
+    if moves.shape not in ((count, 2), (count, 3)):
+        raise ValueError(f"{count} evaluations need moves of shape ({count}, 2) or ({count}, 3), got {moves.shape}")
     if moves[0, 1] != 0:
         raise ValueError(f"the first segment has no earlier prediction, but its weight is {moves[0, 1]}")
-    return trail.plan("calibrated", moves, detail)
+    plan = trail.plan("calibrated", moves, detail)
+    if timesteps is None:
+        return plan
+    told = np.asarray(timesteps)
+    if told.shape != (count,) or told.dtype.kind not in "iu" or told.min() < 0 or told.max() >= config.train_steps:
+        raise ValueError(
+            f"{count} evaluations need as many whole timesteps of 0 .. {config.train_steps - 1}, got {list(timesteps)}"
+        )
+    return replace(plan, timesteps=told.astype(np.int64))
 
 
 def held_moves(config: ScheduleConfig, num_steps: int, indices: Sequence[int]) -> np.ndarray:
@@ -203,7 +223,9 @@ class _Trail:
         return moves
 
     def plan(self, kind: str, moves: np.ndarray, detail: str = "") -> SamplingPlan:
-        rows = np.column_stack([self._shrinks, self._scales[:, None] * moves])
+        """The rows of (E, 2) moves, or of (E, 3) with corrections of the latent's weight."""
+        shrinks = self._shrinks if moves.shape[1] == 2 else self._shrinks * (1 + moves[:, 2])
+        rows = np.column_stack([shrinks, self._scales[:, None] * moves[:, :2]])
         return SamplingPlan(kind, self.num_steps, self.indices, self.steps[list(self.indices)], rows, detail=detail)
 
 

@@ -1,4 +1,4 @@
-"""The network alone, on a backend's sessions: guided noise of any latent at any index of a schedule.
+"""The network alone, on a backend's sessions: guided noise of any latent at any timestep.
 
 A pipeline runs whole images. Calibrating a sampler asks the deployed graphs other questions: the noise at a latent that
 a trial plan has led to, for many cases in turn. This owns a workspace of its own, so a pipeline on the same sessions is
@@ -8,14 +8,13 @@ not disturbed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Mapping
+from typing import Any, Dict, Mapping
 
 import numpy as np
 
 from cldm.image import canny_map
 from cldm.request import Request
 from deploy.spec import Build, graph_specs
-from ldm.schedule import ddim_timesteps
 from runtime.session import Bound, Session
 from runtime.workspace import Workspace
 
@@ -41,25 +40,20 @@ class StepEvaluator:
         text, hint, time, step and decode; they stay the caller's, who closes them.
     tokenizer : callable
         Texts to ((B, 77) int32 ids, warnings).
-    num_steps : int
-        Length of the schedule.
     device : str
         Where the sessions run.
 
     Raises
     ------
     ValueError
-        The build makes several samples a run, or `num_steps` is out of range.
+        The build makes several samples a run.
     """
 
-    def __init__(
-        self, build: Build, sessions: Mapping[str, Session], tokenizer: Any, num_steps: int, device: str = "cpu"
-    ) -> None:
+    def __init__(self, build: Build, sessions: Mapping[str, Session], tokenizer: Any, device: str = "cpu") -> None:
         if build.samples != 1:
             raise ValueError(f"the evaluator takes one sample a run, and these graphs make {build.samples}")
         self.build = build
         self.device = device
-        self.num_steps = num_steps
         self._tokenizer = tokenizer
         self._sessions = dict(sessions)
         self._workspace = Workspace(device)
@@ -67,7 +61,7 @@ class StepEvaluator:
         for name in ("text", "hint", "step", "decode"):
             self._workspace.add_graph(specs[name])
         self._bound = {name: self._bind(name) for name in ("text", "hint", "step", "decode")}
-        self._biases = self._time_biases()
+        self._biases: Dict[int, Any] = {}
         self._at: Any = None
 
     def _bind(self, graph: str, **own: Any) -> Bound:
@@ -76,16 +70,17 @@ class StepEvaluator:
             {name: own[name] if name in own else self._workspace[name] for name in session.spec.tensors}
         )
 
-    def _time_biases(self) -> Any:
-        """The time biases of each index of the schedule, rising, (S, total)."""
+    def _time_bias(self, timestep: int) -> Any:
+        """The time biases of a timestep, (1, total); made on first use."""
         import torch
 
-        output = self._sessions["time"].spec.outputs["time_biases"]
-        timesteps = ddim_timesteps(self.num_steps, self.build.config.schedule.train_steps).astype(np.int32)
-        shape = (self.num_steps, int(output.shape[1]))
-        biases = torch.zeros(shape, dtype=getattr(torch, output.dtype), device=self.device)
-        self._bind("time", timesteps=torch.from_numpy(timesteps).to(self.device), time_biases=biases).enqueue()
-        return biases
+        if timestep not in self._biases:
+            output = self._sessions["time"].spec.outputs["time_biases"]
+            told = torch.tensor([timestep], dtype=torch.int32, device=self.device)
+            bias = torch.zeros((1, int(output.shape[1])), dtype=getattr(torch, output.dtype), device=self.device)
+            self._bind("time", timesteps=told, time_biases=bias).enqueue()
+            self._biases[timestep] = bias
+        return self._biases[timestep]
 
     def prepare(self, image: Any, request: Request) -> Conditions:
         """Run the text and hint graphs once for a case.
@@ -117,15 +112,15 @@ class StepEvaluator:
         self._at = None
         return Conditions({name: space[name].clone() for name in _KEPT})
 
-    def noise(self, conditions: Conditions, index: int, latent: np.ndarray) -> np.ndarray:
+    def noise(self, conditions: Conditions, timestep: int, latent: np.ndarray) -> np.ndarray:
         """The guided noise, (4, h, w) float32.
 
         Parameters
         ----------
         conditions : Conditions
             Of the case, from `prepare`.
-        index : int
-            Of the schedule: 0 is the least noisy.
+        timestep : int
+            What the network is told, 0 .. train_steps - 1.
         latent : (4, h, w) array
         """
         space = self._workspace
@@ -133,7 +128,7 @@ class StepEvaluator:
             for name, tensor in conditions.tensors.items():
                 space[name].copy_(tensor)
             self._at = conditions
-        space["time_bias"].copy_(self._biases[index : index + 1])
+        space["time_bias"].copy_(self._time_bias(timestep))
         space.write("latent", np.asarray(latent, np.float32)[None])
         self._bound["step"].enqueue()
         return space.read("noise")[0]
@@ -148,5 +143,6 @@ class StepEvaluator:
     def close(self) -> None:
         """Free the workspace; the sessions are the caller's."""
         self._bound.clear()
-        self._at = self._biases = None
+        self._at = None
+        self._biases.clear()
         self._workspace.clear()

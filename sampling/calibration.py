@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from cldm.weights import Weights
     from ldm.schedule import ScheduleConfig
 
-FORMAT = 1
+FORMAT = 2
 # Further from being the one looked for than a file that differs in all that matters.
 UNREADABLE = 9
 KINDS = ("subset", "linear", "calibrated")
@@ -85,19 +85,23 @@ class Point:
     kind : {"subset", "linear", "calibrated"}
     indices : tuple of int
         Evaluated indices, falling from S - 1.
-    moves : tuple of (float, float)
-        c_0 and c_1 of each segment, for "calibrated"; empty for the others, whose moves follow from the indices.
+    moves : tuple of (float, float) or of (float, float, float)
+        c_0, c_1 and, where it was polished, c_x of each segment (`ldm.plans.calibrated_plan`), for "calibrated"; empty
+        for the others, whose moves follow from the indices.
     polished : bool
         The moves were refined on the end point after they had been fitted segment by segment.
     errors : dict of str to Spread
         By the keys of `scoring.measures`, against the full schedule, over the held-out cases.
+    timesteps : tuple of int
+        What the network is told at each evaluation; empty where it is the indices' own.
     """
 
     kind: str
     indices: Tuple[int, ...]
-    moves: Tuple[Tuple[float, float], ...]
+    moves: Tuple[Tuple[float, ...], ...]
     polished: bool
     errors: Mapping[str, Spread]
+    timesteps: Tuple[int, ...] = ()
 
     @property
     def evaluations(self) -> int:
@@ -111,7 +115,7 @@ class Point:
     def plan(self, config: ScheduleConfig, num_steps: int, detail: str = "") -> SamplingPlan:
         """The rows of the step graph; raises ValueError where indices and moves do not fit together."""
         if self.kind == "calibrated":
-            return calibrated_plan(config, num_steps, self.indices, self.moves, detail)
+            return calibrated_plan(config, num_steps, self.indices, self.moves, detail, self.timesteps or None)
         make = subset_plan if self.kind == "subset" else linear_plan
         return dataclasses.replace(make(config, num_steps, self.indices), detail=detail)
 
@@ -124,7 +128,7 @@ class Calibration:
     ----------
     setting : Setting
     cases : int
-        Cases that were recorded; every second one was held out from fitting, and measured.
+        Cases that were fitted to; others were held out, and measured.
     points : tuple of Point
         By number of evaluations, of each number all that were measured.
     selected_by : str
@@ -365,6 +369,7 @@ def _point_to_json(point: Point) -> Dict[str, Any]:
         "evaluations": point.evaluations,
         "indices": list(point.indices),
         "moves": [list(move) for move in point.moves],
+        "timesteps": list(point.timesteps),
         "polished": point.polished,
         "errors": {key: {"mean": s.mean, "worst": s.worst} for key, s in point.errors.items()},
     }
@@ -400,9 +405,10 @@ def _point_from_json(value: Mapping[str, Any]) -> Point:
     return Point(
         kind=str(value["kind"]),
         indices=tuple(int(index) for index in value["indices"]),
-        moves=tuple((float(newest), float(last)) for newest, last in value["moves"]),
+        moves=tuple(tuple(float(weight) for weight in move) for move in value["moves"]),
         polished=bool(value["polished"]),
         errors={str(key): Spread(float(s["mean"]), float(s["worst"])) for key, s in value["errors"].items()},
+        timesteps=tuple(int(timestep) for timestep in value["timesteps"]),
     )
 
 

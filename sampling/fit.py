@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -29,7 +29,8 @@ RIDGE = 1e-4
 CACHE_BYTES = 512 << 20
 
 Indices = Tuple[int, ...]
-Move = Tuple[float, float]
+# c_0 and c_1; a third number, where there is one, is the correction c_x of the latent's weight.
+Move = Tuple[float, ...]
 
 
 @lru_cache(maxsize=65536)
@@ -103,7 +104,7 @@ class Outcome:
 
     Attributes
     ----------
-    moves : (E, 2) float64 array
+    moves : (E, 2) or (E, 3) float64 array
     final : (K, D) float32 array
         Final latents.
     errors : (K,) float64 array
@@ -116,7 +117,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class _State:
+class State:
     """A student at an evaluated index: where it is, and what the network said there and one evaluation before."""
 
     y: np.ndarray
@@ -206,33 +207,28 @@ class Walker:
         self._ridge = ridge
         self._room = cache_bytes
         self._norms = final_norms(trajectories)
-        self._states: OrderedDict[Indices, _State] = OrderedDict()
+        self._states: OrderedDict[Indices, State] = OrderedDict()
 
     def walk(self, indices: Sequence[int]) -> Outcome:
         """The student of a plan: the moves that the kind gives it, and where it ends."""
         indices = tuple(indices)
-        return self._finish(self._state(indices), indices)
+        return self._finish(self.state(indices), indices)
 
-    def follow(self, indices: Sequence[int], moves: np.ndarray) -> Outcome:
-        """The student of given moves; nothing of it is remembered."""
+    def follow(self, indices: Sequence[int], moves: np.ndarray, timesteps: Optional[Sequence[int]] = None) -> Outcome:
+        """The student of given moves, and of given timesteps where they are not the indices' own; not remembered."""
         indices = tuple(indices)
-        start = self._start()
-        return self._finish(self.advance(start, indices, moves, 0), indices, np.asarray(moves))
+        told = self.levels.timesteps[list(indices)] if timesteps is None else timesteps
+        state = self._start(int(told[0]))
+        for k in range(1, len(indices)):
+            state = self._step(state, _as_move(moves[k - 1]), indices[k], int(told[k]))
+        return self._finish(state, indices, np.asarray(moves))
 
-    def states(self, indices: Sequence[int], moves: np.ndarray) -> List[_State]:
-        """The student of given moves at each of its evaluations."""
-        found = [self._start()]
-        for place in range(1, len(indices)):
-            found.append(self.advance(found[-1], tuple(indices[: place + 1]), moves, place - 1))
-        return found
+    def noise(self, timestep: int, latents: np.ndarray) -> np.ndarray:
+        """The noise of (N K, D) latents, N times all cases in turn."""
+        self.evaluations += len(latents)
+        return self._network(self._cases * (len(latents) // len(self._cases)), timestep, latents)
 
-    def advance(self, state: _State, indices: Indices, moves: np.ndarray, place: int) -> _State:
-        """From evaluation `place` on to the last of `indices`, by given moves."""
-        for k in range(place, len(indices) - 1):
-            state = self._step(state, (float(moves[k][0]), float(moves[k][1])), indices[k + 1])
-        return state
-
-    def finish(self, state: _State, move: Move) -> np.ndarray:
+    def finish(self, state: State, move: Move) -> np.ndarray:
         """The (K, D) final latents, from the last evaluation's state and its move."""
         return (self.levels.scale(-1) * _moved(state, move)).astype(np.float32)
 
@@ -244,12 +240,13 @@ class Walker:
         """(K, D) float64: what the final latents miss, over the norm of each case's reference."""
         return (final.astype(np.float64) - self.trajectories.final) / self._norms[:, None]
 
-    def _finish(self, state: _State, indices: Indices, moves: Optional[np.ndarray] = None) -> Outcome:
-        move = self._move(state, indices, -1) if moves is None else (float(moves[-1][0]), float(moves[-1][1]))
+    def _finish(self, state: State, indices: Indices, moves: Optional[np.ndarray] = None) -> Outcome:
+        move = self._move(state, indices, -1) if moves is None else _as_move(moves[-1])
         final = self.finish(state, move)
-        return Outcome(np.asarray([*state.moves, move]), final, self.errors(final))
+        done = np.asarray([*state.moves, move]) if moves is None else moves
+        return Outcome(done, final, self.errors(final))
 
-    def _state(self, evaluated: Indices) -> _State:
+    def state(self, evaluated: Indices) -> State:
         """The student at the last of `evaluated`, with the prediction made there."""
         found = self._states.get(evaluated)
         if found is not None:
@@ -258,29 +255,28 @@ class Walker:
         if len(evaluated) == 1:
             found = self._start()
         else:
-            before = self._state(evaluated[:-1])
+            before = self.state(evaluated[:-1])
             found = self._step(before, self._move(before, evaluated[:-1], evaluated[-1]), evaluated[-1])
         self._states[evaluated] = found
         while len(self._states) > 1 and len(self._states) * found.num_bytes > self._room:
             self._states.popitem(last=False)
         return found
 
-    def _start(self) -> _State:
-        """At the noisiest index student and reference are one: nothing is evaluated."""
+    def _start(self, timestep: Optional[int] = None) -> State:
+        """Student and reference begin at one latent: nothing is evaluated unless the network is told another time."""
         index = self.levels.num_steps - 1
         y = (self.trajectories.initial / self.levels.scale(index)).astype(np.float32)
-        return _State(y, self.trajectories.noises[:, index], None, ())
+        own = timestep is None or timestep == self.levels.timesteps[index]
+        noise = self.trajectories.noises[:, index] if own else self.noise(int(timestep or 0), self.trajectories.initial)
+        return State(y, noise, None, ())
 
-    def _step(self, state: _State, move: Move, index: int) -> _State:
+    def _step(self, state: State, move: Move, index: int, timestep: Optional[int] = None) -> State:
         y = _moved(state, move)
-        latents = (self.levels.scale(index) * y).astype(np.float32)
-        noise = np.empty_like(latents)
-        for place, case in enumerate(self._cases):
-            noise[place] = self._network(case, index, latents[place])
-        self.evaluations += len(self._cases)
-        return _State(y.astype(np.float32), noise, state.noise, (*state.moves, move))
+        told = int(self.levels.timesteps[index]) if timestep is None else timestep
+        noise = self.noise(told, (self.levels.scale(index) * y).astype(np.float32))
+        return State(y.astype(np.float32), noise, state.noise, (*state.moves, move))
 
-    def _move(self, state: _State, evaluated: Indices, end: int) -> Move:
+    def _move(self, state: State, evaluated: Indices, end: int) -> Move:
         if self.kind == "calibrated" and self._fits is not None:
             return self._fits(evaluated, end)
         config, num_steps = self.levels.config, self.levels.num_steps
@@ -307,6 +303,12 @@ def final_norms(trajectories: Trajectories) -> np.ndarray:
     return norms
 
 
-def _moved(state: _State, move: Move) -> np.ndarray:
+def _as_move(values: Sequence[float]) -> Move:
+    return tuple(float(value) for value in values)
+
+
+def _moved(state: State, move: Move) -> np.ndarray:
     y = state.y.astype(np.float64) + move[0] * state.noise.astype(np.float64)
+    if len(move) == 3:
+        y += move[2] * state.y
     return y if state.last is None else y + move[1] * state.last.astype(np.float64)

@@ -9,8 +9,8 @@ import numpy as np
 
 from ldm.schedule import ScheduleConfig, alpha_bars, ddim_timesteps
 
-# (case, index of the schedule, latent of any shape) to the guided noise of that shape.
-Network = Callable[[int, int, np.ndarray], np.ndarray]
+# (N case numbers, timestep, (N, D) float32 latents) to the (N, D) float32 guided noise; a case may come repeatedly.
+Network = Callable[[Sequence[int], int, np.ndarray], np.ndarray]
 
 
 class Levels:
@@ -21,6 +21,8 @@ class Levels:
     Attributes
     ----------
     num_steps : int
+    timesteps : (S,) int64
+        What the network is told at each index.
     scales : (S + 1,) float64
         sqrt(a_l) at place l + 1: what y is multiplied by to give the latent.
     steps : (S,) float64
@@ -29,7 +31,8 @@ class Levels:
 
     def __init__(self, config: ScheduleConfig, num_steps: int) -> None:
         table = alpha_bars(config)
-        a = np.concatenate([table[:1], table[ddim_timesteps(num_steps, config.train_steps)]])
+        self.timesteps = ddim_timesteps(num_steps, config.train_steps)
+        a = np.concatenate([table[:1], table[self.timesteps]])
         s = np.sqrt((1 - a) / a)
         self.config = config
         self.num_steps = num_steps
@@ -88,17 +91,14 @@ def record(
     levels: Levels,
     initial: np.ndarray,
     cases: Optional[Sequence[int]] = None,
-    progress: Optional[Callable[[], None]] = None,
 ) -> Trajectories:
-    """Run plain DDIM from each initial latent and keep everything.
+    """Run plain DDIM from all initial latents at once and keep everything.
 
     Parameters
     ----------
     initial : (K, D) array
     cases : sequence of int, optional
         The case numbers that `network` knows them by; default 0 .. K - 1.
-    progress : callable, optional
-        Called after each evaluation.
 
     Raises
     ------
@@ -109,16 +109,15 @@ def record(
     count, size = initial.shape
     latents = np.empty((count, levels.num_steps + 1, size), np.float32)
     noises = np.empty((count, levels.num_steps, size), np.float32)
-    for place, case in enumerate(numbers):
-        y = np.asarray(initial[place], np.float64) / levels.scale(levels.num_steps - 1)
-        for index in range(levels.num_steps - 1, -1, -1):
-            latents[place, index + 1] = levels.scale(index) * y
-            noise = network(case, index, latents[place, index + 1])
-            if not np.isfinite(noise).all():
-                raise ValueError(f"case {case}: the network gives NaN or infinity at index {index}")
-            noises[place, index] = noise
-            y = y + levels.steps[index] * noise
-            if progress is not None:
-                progress()
-        latents[place, 0] = levels.scale(-1) * y
+    y = np.asarray(initial, np.float64) / levels.scale(levels.num_steps - 1)
+    for index in range(levels.num_steps - 1, -1, -1):
+        latents[:, index + 1] = levels.scale(index) * y
+        noises[:, index] = network(numbers, int(levels.timesteps[index]), latents[:, index + 1])
+        finite = np.isfinite(noises[:, index]).all(axis=1)
+        if not finite.all():
+            raise ValueError(
+                f"case {numbers[int(np.argmin(finite))]}: the network gives NaN or infinity at index {index}"
+            )
+        y = y + levels.steps[index] * noises[:, index]
+    latents[:, 0] = levels.scale(-1) * y
     return Trajectories(latents, noises)

@@ -86,7 +86,7 @@ def test_record_is_the_samplers_ddim(parts: Any, network: CaseNetwork) -> None:
     )
     assert relative_errors(found.final, latents.reshape(3, -1)).max() < 1e-4
     assert np.abs(network.images(found.final).astype(int) - images).max() <= 1
-    alone = record(network, levels, found.initial)
+    alone = record(lambda *asked: network.predict(*asked), levels, found.initial)
     np.testing.assert_allclose(alone.latents, found.latents, atol=2e-3 * np.abs(found.latents).max())
     again = run_plan(network.predict, exact_plan(SCHEDULE, 20), found.initial)
     assert relative_errors(again, found.final).max() < 1e-4
@@ -112,6 +112,19 @@ def test_halves_and_residuals_apart(network: CaseNetwork) -> None:
     assert relative_errors(later, network.halves([2, 0, 1], 1, x)[0]).min() > 1e-4
     guided = network.predict([2, 0, 1], 501, x)
     np.testing.assert_allclose(guided, uncond + np.array([[4], [2], [3]]) * (cond - uncond), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
+def test_graphs_say_what_the_networks_say(parts: Any) -> None:
+    """More cases than a batch, a case twice, and graphs that are filled up."""
+    network = CaseNetwork(_cases(3), *parts, "cuda", batch=12)
+    cases = [2, 0, 1, 1, 0] * 3
+    x = np.random.default_rng(0).normal(size=(len(cases), network.initial().shape[1])).astype(np.float32)
+    for timestep in (501, 3):
+        cond, uncond, _ = network.halves(cases, timestep, x)
+        wanted = network.guide(cases, cond, uncond)
+        assert relative_errors(network.predict(cases, timestep, x), wanted).max() < 1e-5
+    assert sorted(network._graphs) == [8, 12] and not network._refused
 
 
 def test_scenes_of_the_study() -> None:
@@ -175,10 +188,7 @@ def test_moves_are_refitted_on_other_cases() -> None:
     data = _OnePoint(count=3, size=4)
     levels = Levels(SCHEDULE, 20)
 
-    def one(case: int, index: int, latent: np.ndarray) -> np.ndarray:
-        return data.predict([case], int(STEPS[index]), latent[None])[0]
-
-    plan = refit(one, levels, record(one, levels, data.initial), TEN)
+    plan = refit(data.predict, levels, record(data.predict, levels, data.initial), TEN)
     exact = run_plan(data.predict, exact_plan(SCHEDULE, 20), data.initial)
     assert relative_errors(run_plan(data.predict, plan, data.initial), exact).max() < 1e-4
 
@@ -262,7 +272,7 @@ def test_residuals_of_the_last_evaluation_that_made_them_are_reused() -> None:
     saved = SavingNetwork(halves, Saving(reused=2), indices)  # type: ignore[arg-type]
     for index in indices:
         for case in (0, 1):
-            saved(case, index, np.zeros(3))
+            saved.predict([case], int(STEPS[index]), np.zeros((1, 3)))
     assert [controls for _, _, controls in halves.seen] == [None] * 6 + [int(STEPS[10])] * 4
 
 
@@ -437,6 +447,9 @@ def test_all_of_it_on_a_small_model(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [(row["evaluations"], row["halves"] < 10) for row in study["savings"]] == [(5, True)] * 2
     assert study["settings"]["kinds"] == {"bird": 1, "boat": 1}
     output = capsys.readouterr()
+    assert measure_sampler.main([*command, "--seconds", "1e-9", "--output", str(tmp_path / "short")]) == 0
+    assert json.loads((tmp_path / "short" / "study.json").read_text())["errors"] == {}
+    assert "errors: not finished" in capsys.readouterr().err
     assert "| calibrated, polished |" in output.out and "precision: left out" in output.err
     assert "| guidance 5 | 4 |" in document.read_text(encoding="utf-8")
     ElementTree.parse(str(tmp_path / "sampler_error.svg"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, List, Sequence, Tuple
+from typing import Any, Callable, List, Sequence, Tuple
 
 import numpy as np
 import pytest
@@ -146,7 +146,37 @@ def test_calibrated_takes_its_moves() -> None:
         (linear_moves(CONFIG, 20, TEN_OF_TWENTY, "s"), linear_plan(CONFIG, 20, TEN_OF_TWENTY, "s")),
     ):
         np.testing.assert_allclose(calibrated_plan(CONFIG, 20, TEN_OF_TWENTY, moves).rows, plan.rows, rtol=1e-12)
-    assert str(calibrated_plan(CONFIG, 20, TEN_OF_TWENTY, moves, "on birds")).endswith("calibrated, on birds")
+    assert (
+        str(calibrated_plan(CONFIG, 20, TEN_OF_TWENTY, moves, "on birds"))
+        == "10 of 20 evaluations, calibrated on birds"
+    )
+
+
+def test_calibrated_weighs_the_latent_and_tells_other_timesteps() -> None:
+    """Against the sums written out: y_j = (1 + c_x) y_i + c_0 e_i + c_1 e_p."""
+    indices, table = (19, 12, 3), alpha_bars(CONFIG)
+    rng = np.random.default_rng(8)
+    moves = rng.normal(size=(3, 3)) * [[1, 0, 0.1], [1, 1, 0.1], [1, 1, 0.1]]
+    x, noises = draw(3, seed=2)
+    a = table[ddim_timesteps(20)]
+    y, last = x / np.sqrt(a[19]), np.zeros_like(x)
+    for (newest, before, stays), noise in zip(moves, noises):
+        y, last = (1 + stays) * y + newest * noise + before * last, noise
+    plan = calibrated_plan(CONFIG, 20, indices, moves, timesteps=[940, 600, 0])
+    np.testing.assert_allclose(run(plan, x, noises), np.sqrt(table[0]) * y, rtol=1e-10)
+    assert plan.timesteps.tolist() == [940, 600, 0] and plan.timesteps.dtype == np.int64
+    own = calibrated_plan(CONFIG, 20, indices, moves)
+    assert np.array_equal(own.timesteps, subset_plan(CONFIG, 20, indices).timesteps)
+    moves[:, 2] = 0
+    assert np.array_equal(
+        calibrated_plan(CONFIG, 20, indices, moves).rows, calibrated_plan(CONFIG, 20, indices, moves[:, :2]).rows
+    )
+
+
+@pytest.mark.parametrize("timesteps", [[1, 2], [1, 2, 1000], [-1, 2, 3], [1.0, 2.0, 3.0], [[1], [2], [3]]])
+def test_timesteps_that_no_network_knows_are_refused(timesteps: List[Any]) -> None:
+    with pytest.raises(ValueError, match=r"3 evaluations need as many whole timesteps of 0 \.\. 999"):
+        calibrated_plan(CONFIG, 20, (19, 12, 3), held_moves(CONFIG, 20, (19, 12, 3)), timesteps=timesteps)
 
 
 def test_eta_asks_for_fresh_noise() -> None:
@@ -175,7 +205,7 @@ def test_indices_that_do_not_fall_are_refused(indices: Tuple[int, ...]) -> None:
 def test_other_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="one of t, s, log-snr"):
         linear_plan(CONFIG, 20, TEN_OF_TWENTY, "sigma")
-    with pytest.raises(ValueError, match=r"shape \(10, 2\)"):
+    with pytest.raises(ValueError, match=r"shape \(10, 2\) or \(10, 3\)"):
         calibrated_plan(CONFIG, 20, TEN_OF_TWENTY, np.zeros((9, 2)))
     with pytest.raises(ValueError, match="first segment"):
         calibrated_plan(CONFIG, 20, TEN_OF_TWENTY, np.ones((10, 2)))

@@ -137,7 +137,7 @@ def test_a_number_takes_the_calibrated_plan(place: _Place) -> None:
     place.add()
     plan = place.planner("5").plan(Request(""))
     assert _same(plan, calibrated_plan(SCHEDULE, 20, FIVE, MOVES))
-    assert str(plan) == "5 of 20 evaluations, calibrated, on 32 cases of some"
+    assert str(plan) == "5 of 20 evaluations, calibrated on 32 cases of some"
     assert place.lines == [f"speed 5 of 20 steps: {plan}"]
     assert _same(place.planner("6").plan(Request("")), subset_plan(SCHEDULE, 20, SIX))
 
@@ -291,7 +291,7 @@ REQUEST = Request("a bird", image_resolution=64, seed=5)
 
 def test_receipt_and_log_say_what_ran(product: Any, capsys: Any) -> None:
     hk = product(speed="5")
-    said = "5 of 20 evaluations, calibrated, on 32 cases of micro"
+    said = "5 of 20 evaluations, calibrated on 32 cases of micro"
     assert f"canny2image: speed 5 of 20 steps: {said}\n" in capsys.readouterr().err
     result = hk.run(PICTURE, REQUEST)
     assert (result.receipt.evaluations, result.receipt.sampling) == (5, said)

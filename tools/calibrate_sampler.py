@@ -3,10 +3,13 @@
 
     python3 tools/calibrate_sampler.py                  # the model, backend and precision that run here
     python3 tools/calibrate_sampler.py --model sd15 --pictures my/photos --prompts my/prompts.txt --polish
+    python3 tools/calibrate_sampler.py --batched --device cuda --polish --seconds 150     # many cases at a time
 
 Records the full schedule's trajectories of some pictures, prompts and seeds, searches which steps to evaluate and fits
 how each evaluation moves the latent on half of the cases, and measures the result on the other half: by PD where its
-weights are here, else by the image's mean error. A run that was stopped goes on where it was.
+weights are here, else by the image's mean error. A run that was stopped goes on where it was. With --batched plain
+PyTorch evaluates many cases at a time in place of the deployed backend, which is far quicker where one picture does not
+fill the GPU; the file says so.
 """
 
 from __future__ import annotations
@@ -14,10 +17,12 @@ from __future__ import annotations
 import argparse
 import datetime
 import hashlib
+import math
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # run as a file, Python's path begins with tools/
@@ -41,7 +46,7 @@ from sampling.calibration import (  # noqa: E402
 )
 from sampling.fit import KINDS  # noqa: E402
 from sampling.search import Effort  # noqa: E402
-from sampling.stages import Stages, selected  # noqa: E402
+from sampling.stages import Found, Stages, selected  # noqa: E402
 from sampling.trajectory import Levels  # noqa: E402
 
 # Room for the recorded trajectories of some hundred cases.
@@ -119,18 +124,32 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add("--pictures", type=Path, metavar="DIR", help="default: pictures/, and for tiny scenes of its own as well")
     add("--prompts", type=Path, metavar="FILE", help="one prompt a line; default: a list built in")
     add("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="what is searched (default: all)")
-    add("--polish", action="store_true", help="refine the best of each number on the end point; takes about as long")
+    add(
+        "--polish",
+        action="store_true",
+        help="refine the best of each number on the end point; takes much longer than the rest",
+    )
     effort = Effort()
     add("--starts", type=int, default=effort.starts, metavar="N", help=f"of each search (default: {effort.starts})")
     add("--trials", type=int, default=effort.trials, metavar="N", help=f"of each search (default: {effort.trials})")
+    add("--cases-searched", type=int, default=effort.last_cases, metavar="N", help="cases at the end of each search")
+    add("--batched", action="store_true", help="many cases at a time through plain PyTorch, not the deployed backend")
+    add("--batch", type=int, default=256, metavar="N", help="with --batched: cases at a time (default: 256)")
+    add(
+        "--seconds", type=float, default=math.inf, metavar="N", help="stop after about so many, and write what there is"
+    )
     add("--output", type=Path, metavar="FILE", help="default: build/sampler/<what it is for>.json")
     args = parser.parse_args(argv)
     if args.cases < 4 or args.cases % 2:
         parser.error(f"--cases must be an even number of 4 or more, got {args.cases}")
     if args.evaluations[-1] >= args.steps:
         parser.error(f"--evaluations: {args.evaluations[-1]} is not fewer than the {args.steps} of --steps")
-    if args.starts < 1 or args.trials < 0:
-        parser.error("--starts must be at least 1, and --trials at least 0")
+    if args.starts < 1 or args.trials < 0 or args.cases_searched < 1 or args.batch < 1:
+        parser.error("--starts, --cases-searched and --batch must be at least 1, and --trials at least 0")
+    if not args.seconds > 0:
+        parser.error(f"--seconds must be above 0, got {args.seconds:g}")
+    if args.batched and args.backend not in (None, "torch"):
+        parser.error(f"--batched runs plain PyTorch, not --backend {args.backend}")
     return args
 
 
@@ -202,6 +221,8 @@ def fit_picture(image: np.ndarray, height: int, width: int) -> np.ndarray:
 class Deployed:
     """The deployed networks of a model on a backend, with the cases prepared."""
 
+    group = 1
+
     def __init__(self, args: argparse.Namespace) -> None:
         from cldm.checkpoint import load_model
         from cldm.tokenizer import Tokenizer
@@ -227,7 +248,7 @@ class Deployed:
         self.shape = build.latent_shape
         say(f"model {config.name} ({weights}), {self.backend.name} on {self.backend.device} in {precision} ({reason})")
         self._sessions = self.backend.sessions(build)
-        self.evaluator = StepEvaluator(build, self._sessions, tokenizer, args.steps, self.backend.device)
+        self.evaluator = StepEvaluator(build, self._sessions, tokenizer, self.backend.device)
         self._conditions: List[Any] = []
 
     def prepare(self, cases: Sequence[Case], args: argparse.Namespace) -> np.ndarray:
@@ -252,12 +273,15 @@ class Deployed:
             initial.append(noise.cpu().numpy().reshape(-1))
         return np.stack(initial)
 
-    def network(self, case: int, index: int, latent: np.ndarray) -> np.ndarray:
+    def network(self, cases: Sequence[int], timestep: int, latents: np.ndarray) -> np.ndarray:
         """A `sampling.trajectory.Network`."""
-        return self.evaluator.noise(self._conditions[case], index, latent.reshape(self.shape[1:])).reshape(-1)
+        shaped = latents.reshape(-1, *self.shape[1:])
+        noises = [self.evaluator.noise(self._conditions[case], timestep, x) for case, x in zip(cases, shaped)]
+        return np.stack(noises).reshape(latents.shape)
 
-    def decode(self, latent: np.ndarray) -> np.ndarray:
-        return self.evaluator.decode(latent.reshape(self.shape[1:]))
+    def images(self, latents: np.ndarray) -> List[np.ndarray]:
+        """(K, D) final latents to images."""
+        return [self.evaluator.decode(latent.reshape(self.shape[1:])) for latent in latents]
 
     def close(self) -> None:
         self.evaluator.close()
@@ -266,19 +290,76 @@ class Deployed:
         self.backend.close()
 
 
+class Batched:
+    """The networks of a model in plain PyTorch, for many cases at a time."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        import torch
+
+        from cldm.checkpoint import load_model
+        from cldm.weights import find_weights
+        from runtime.choose import choose_model
+
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device != "cpu" and not torch.cuda.is_available():
+            raise ValueError(f"--device {device}: PyTorch finds no CUDA device here")
+        types = {"fp32": torch.float32, "fp16": torch.float16}
+        precision = args.precision or "fp32"
+        if precision not in types:
+            raise ValueError(f"--batched runs {', '.join(types)}, not {precision!r}")
+        self.config = choose_model(args.model, args.checkpoint)
+        weights = find_weights(self.config, args.checkpoint, args.random_weights, args.build_dir / ".hashes.json")
+        self.setting = Setting(self.config.name, weights.digest, args.steps, "torch", precision, args.guidance)
+        say(f"model {self.config.name} ({weights}), batches of PyTorch on {device} in {precision}")
+        self.group = args.batch
+        self._make = (load_model(self.config, weights), device, types[precision])
+        self._cases: Any = None
+
+    def prepare(self, cases: Sequence[Case], args: argparse.Namespace) -> np.ndarray:
+        """Run text and hint of all cases; their first latents, (K, D) float32."""
+        from cldm.image import canny_map
+        from cldm.tokenizer import Tokenizer
+        from scoring.runner import CONTEST_REQUEST
+        from tools.sampler.cases import Case as NetworkCase
+        from tools.sampler.network import CaseNetwork
+
+        low, high = CONTEST_REQUEST.low_threshold, CONTEST_REQUEST.high_threshold
+        size = min(args.height, args.width)
+        made = [
+            NetworkCase(case.name, "", canny_map(case.image, size, low, high), case.prompt, case.seed, args.guidance)
+            for case in cases
+        ]
+        model, device, kind = self._make
+        self._cases = CaseNetwork(made, model, Tokenizer(self.config), device, kind, batch=self.group)
+        initial: np.ndarray = self._cases.initial()
+        return initial
+
+    def network(self, cases: Sequence[int], timestep: int, latents: np.ndarray) -> np.ndarray:
+        """A `sampling.trajectory.Network`."""
+        noise: np.ndarray = self._cases.predict(cases, timestep, latents)
+        return noise
+
+    def images(self, latents: np.ndarray) -> List[np.ndarray]:
+        """(K, D) final latents to images."""
+        return list(self._cases.images(latents))
+
+    def close(self) -> None:
+        """Nothing is held beside PyTorch's own memory."""
+
+
 class ImageMeasure:
     """Every measure that this machine can take, of the held-out cases' final latents against the reference's."""
 
-    def __init__(self, deployed: Deployed, comparer: Any, reference: np.ndarray) -> None:
-        self._deployed = deployed
+    def __init__(self, networks: Union[Deployed, Batched], comparer: Any, reference: np.ndarray) -> None:
+        self._networks = networks
         self._comparer = comparer
         self._latents = reference
-        self._images = [deployed.decode(latent) for latent in reference]
+        self._images = networks.images(reference)
 
     def __call__(self, final: np.ndarray) -> Dict[str, Spread]:
         rows = [
-            self._comparer.compare(self._deployed.decode(latent), image, latent, target)
-            for latent, image, target in zip(final, self._images, self._latents)
+            self._comparer.compare(image, wanted, latent, target)
+            for image, wanted, latent, target in zip(self._networks.images(final), self._images, final, self._latents)
         ]
         found = {}
         for key in rows[0]:
@@ -295,33 +376,27 @@ def calibrate(args: argparse.Namespace) -> Tuple[Calibration, Path]:
     from runtime.choose import choose_model
     from scoring.measures import load_comparer
 
+    started = time.perf_counter()
     cases = make_cases(args, choose_model(args.model, args.checkpoint).name)
     comparer = load_comparer()
     folder = calibration_folder(args.build_dir)
     require_room(folder / "state", STATE_BYTES)
-    deployed = Deployed(args)
+    networks = Batched(args) if args.batched else Deployed(args)
     try:
-        initial = deployed.prepare(cases, args)
-        described = [case.describe() for case in cases]
-        stages = Stages(
-            deployed.network,
-            Levels(deployed.config.schedule, args.steps),
-            initial,
-            {"setting": vars(deployed.setting), "cases": described, "measures": sorted(comparer.not_measured)},
-            folder / "state",
-            Effort(args.starts, args.trials, max(2, 2 * args.starts // 3)),
-            report=say,
-        )
-        reference = stages.record().select(stages.held).final
-        measure = ImageMeasure(deployed, comparer, reference)
-        found = stages.run(args.evaluations, args.kinds, measure, args.polish)
+        found = search(networks, cases, comparer, folder / "state", args, started)
     finally:
-        deployed.close()
+        networks.close()
+    if not found:
+        raise ValueError(f"{args.seconds:g} s were too short for a single plan; the same command goes on from here")
     by = next(key for key in BUDGET_MEASURES if key in found[0].errors)
     made = {
         "date": datetime.date.today().isoformat(),
         "cases": sorted({case.name for case in cases}),
         "seeds": [cases[0].seed, cases[-1].seed],
+        "held_out": len(cases) // 2,
+        "batched": args.batched,
+        # What the plans have on the cases that they were fitted to: far less than held out would be an overfit.
+        "fitted": {f"{len(one.indices)} {one.name}": round(one.fit_error, 5) for one in found},
         "prompts_digest": hashlib.sha256("\n".join(case.prompt for case in cases).encode()).hexdigest()[:16],
         "height": args.height,
         "width": args.width,
@@ -329,8 +404,45 @@ def calibrate(args: argparse.Namespace) -> Tuple[Calibration, Path]:
         "trials": args.trials,
         "polish": args.polish,
     }
-    calibration = Calibration(deployed.setting, len(cases), tuple(selected(found, by)), by, made)
-    return calibration, args.output or folder / deployed.setting.file_name
+    fitted = len(cases) - len(cases) // 2
+    calibration = Calibration(networks.setting, fitted, tuple(selected(found, by)), by, made)
+    return calibration, args.output or folder / networks.setting.file_name
+
+
+def search(
+    networks: Union[Deployed, Batched],
+    cases: Sequence[Case],
+    comparer: Any,
+    state: Path,
+    args: argparse.Namespace,
+    started: float,
+) -> List[Found]:
+    """All stages, with what `parse_arguments` asks of them, in what is left of its seconds since `started`."""
+    initial = networks.prepare(cases, args)
+    stages = Stages(
+        networks.network,
+        Levels(networks.config.schedule, args.steps),
+        initial,
+        {
+            "setting": vars(networks.setting),
+            "batched": args.batched,
+            "cases": [case.describe() for case in cases],
+            "measures": sorted(comparer.not_measured),
+        },
+        state,
+        Effort(
+            args.starts,
+            args.trials,
+            max(2, 2 * args.starts // 3),
+            max(1, args.cases_searched // 4),
+            args.cases_searched,
+        ),
+        group=networks.group,
+        seconds=args.seconds - (time.perf_counter() - started),
+        report=say,
+    )
+    measure = ImageMeasure(networks, comparer, stages.record().select(stages.held).final)
+    return stages.run(args.evaluations, args.kinds, measure, args.polish)
 
 
 def format_table(calibration: Calibration) -> str:
@@ -364,7 +476,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         say(f"calibrate_sampler: {error}")
         return 1
     print(format_table(calibration))
-    print(f"{calibration.cases // 2} held-out cases; * is what that number gets, by {calibration.selected_by}")
+    print(f"{calibration.made['held_out']} held-out cases; * is what that number gets, by {calibration.selected_by}")
     print(f"wrote {path}")
     return 0
 

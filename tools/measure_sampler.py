@@ -7,11 +7,13 @@ The target is the image of 20-step DDIM in FP32 with the same noise; the cases a
 calibration has seen. Writes study.json and sampler_error.svg; with --docs the chart and the tables of docs/sampler.md
 as well. Best subsets and calibrated plans come from the model's calibration (tools/calibrate_sampler.py). The same
 arguments give the same errors. On one GPU everything takes minutes; on a CPU choose fewer cases, counts and methods.
+With --seconds N it stops after about so many and writes what it has.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -31,7 +33,7 @@ import numpy as np  # noqa: E402
 
 from ldm.plans import SamplingPlan, exact_plan, spread_indices, subset_plan  # noqa: E402
 from sampling.calibration import Calibration, CalibrationError, find_calibration, load_calibration  # noqa: E402
-from sampling.trajectory import Levels, Trajectories  # noqa: E402
+from sampling.trajectory import Levels, Network, Trajectories  # noqa: E402
 from scoring.metrics import psnr  # noqa: E402
 from tools.sampler.cases import (  # noqa: E402
     FIRST_FITTED,
@@ -46,7 +48,6 @@ from tools.sampler.methods import Methods, refit  # noqa: E402
 from tools.sampler.network import (  # noqa: E402
     STEPS,
     CaseNetwork,
-    Predict,
     record_all,
     relative_errors,
     run_plan,
@@ -70,7 +71,13 @@ SAVINGS = (
     Saving(reused=2, guessed=2),
 )
 DOCS = ROOT / "docs" / "sampler.md"
-SECTIONS = ("errors", "transfer", "savings", "precision", "latency")
+
+
+class OutOfTime(Exception):
+    """The seconds that were allowed are over."""
+
+
+SECTIONS = ("errors", "precision", "latency", "transfer", "savings")
 
 
 class Study:
@@ -92,6 +99,7 @@ class Study:
         from scoring.measures import load_comparer
 
         self.args = args
+        self._started = time.perf_counter()
         self.config = load_config("tiny")
         self.schedule = self.config.schedule
         self.levels = Levels(self.schedule, STEPS)
@@ -106,6 +114,11 @@ class Study:
         self.reference = self.record(self.network, "reference")
         self.images = self.network.images(self.reference.final)
 
+    def check_time(self) -> None:
+        """Raise OutOfTime where the seconds that were allowed are over; asked before each piece of work."""
+        if time.perf_counter() - self._started > self.args.seconds:
+            raise OutOfTime
+
     def make_network(self, cases: Sequence[Case], precision: str = "fp32") -> CaseNetwork:
         device, kind = self.args.device, self._types[precision]
         return CaseNetwork(cases, self._model, self._tokenizer, device, kind, self.args.batch)
@@ -116,6 +129,7 @@ class Study:
 
     def fitted(self, cases: Sequence[Case], title: str) -> Tuple[CaseNetwork, Trajectories]:
         """Network and reference of cases to fit on."""
+        self.check_time()
         network = self.make_network(cases)
         return network, self.record(network, title)
 
@@ -132,8 +146,9 @@ class Study:
         pairs = list(zip(self.network.images(latents), self.images))
         return {**found, **{key: float(np.mean([take(*pair) for pair in pairs])) for key, take in measures.items()}}
 
-    def error(self, plan: SamplingPlan, predict: Predict, reference: Trajectories) -> float:
+    def error(self, plan: SamplingPlan, predict: Network, reference: Trajectories) -> float:
         """Mean relative error of a plan on recorded cases."""
+        self.check_time()
         return float(relative_errors(run_plan(predict, plan, reference.initial), reference.final).mean())
 
     # --- sections
@@ -149,6 +164,7 @@ class Study:
             self.report.add_error(precision, "exact", STEPS, self.measure(exact, STEPS))
 
     def _error(self, network: CaseNetwork, precision: str, name: str, count: int) -> None:
+        self.check_time()
         latents = self.methods.final(name, count, network.predict, self.reference.initial)
         if latents is not None:
             values = self.measure(latents, count)
@@ -176,7 +192,7 @@ class Study:
             held = self.methods.plan("DDIM, best subset", count)
             if point is None or held is None:
                 continue
-            own = refit(there, self.levels, trajectories, point.indices)
+            own = refit(there.predict, self.levels, trajectories, point.indices, point)
             self.report.add_transfer(
                 title,
                 count,
@@ -201,7 +217,7 @@ class Study:
             point = self.methods.calibrated_point(count)
             if point is None:
                 continue
-            own = refit(network, self.levels, trajectories, point.indices)
+            own = refit(network.predict, self.levels, trajectories, point.indices, point)
             for title, (there, reference) in targets.items():
                 values = {
                     "calibrated": self.error(point.plan(self.schedule, STEPS), there.predict, reference),
@@ -217,7 +233,7 @@ class Study:
         curve: Dict[float, float] = {}
         for count in self.args.counts:
             if count in plans:
-                plan = refit(network, self.levels, trajectories, plans[count])
+                plan = refit(network.predict, self.levels, trajectories, plans[count])
                 curve[2.0 * count] = self.error(plan, self.network.predict, self.reference)
         for count in SAVING_COUNTS:
             for saving in SAVINGS:
@@ -242,9 +258,9 @@ class Study:
         network, trajectories = fitting
         saved = SavingNetwork(network, saving, indices)
         # The first index is taken from the record, so the saving's memory must be filled there.
-        for case in range(trajectories.cases):
-            saved(case, indices[0], trajectories.initial[case])
-        plan = refit(saved, self.levels, trajectories, indices)
+        first = int(self.levels.timesteps[indices[0]])
+        saved.predict(range(trajectories.cases), first, trajectories.initial)
+        plan = refit(saved.predict, self.levels, trajectories, indices)
         error = self.error(plan, SavingNetwork(self.network, saving, indices).predict, self.reference)
         self.report.add_saving(str(saving), len(indices), cost, error, interpolated_error(curve, cost))
 
@@ -271,11 +287,12 @@ class Study:
     def _step_milliseconds(self, network: CaseNetwork, repeats: int = 5) -> float:
         """Median wall time of one evaluation of all cases."""
         numbers, latents = range(len(network.cases)), self.reference.initial
-        network.many(numbers, STEPS - 1, latents)
+        timestep = int(self.levels.timesteps[-1])
+        network.predict(numbers, timestep, latents)
         times = []
         for _ in range(repeats):
             start = time.perf_counter()
-            network.many(numbers, STEPS - 1, latents)
+            network.predict(numbers, timestep, latents)
             times.append(1e3 * (time.perf_counter() - start))
         return float(np.median(times))
 
@@ -288,6 +305,7 @@ class Study:
         picture = find_pictures(ROOT / "pictures", 1)[0].read()
         on_cpu = self.args.device == "cpu"
         for precision in self.args.precisions:
+            self.check_time()
             product = hackathon()
             backend = "onnxruntime" if on_cpu else "torch"
             product.initialize(model="tiny", backend=backend, device=self.args.device, precision=precision)
@@ -337,6 +355,9 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add("--precisions", help="fp32, fp16 or both (default both on a GPU, fp32 on a CPU)")
     add("--batch", type=int, metavar="N", help="cases at a time (default 64, on a CPU 4)")
     add("--calibration", type=Path, metavar="FILE", help="default: the one that the product would use")
+    add(
+        "--seconds", type=float, default=math.inf, metavar="N", help="stop after about so many, and write what there is"
+    )
     add("--no-images", action="store_true", help="latent errors only, nothing decoded")
     add("--docs", action="store_true", help=f"also put tables and chart into {DOCS.parent.name}/")
     add("--output", type=Path, default=ROOT / "build" / "sampler_study", metavar="DIR")
@@ -406,12 +427,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 2
     sections: Dict[str, Callable[[], None]] = {name: getattr(study, name) for name in SECTIONS}
     for name in args.only:
-        sections[name]()
+        try:
+            sections[name]()
+        except OutOfTime:
+            print(f"{name}: not finished in {args.seconds:g} s", file=sys.stderr, flush=True)
+            break
         study.report.settings = settings(args, study, time.perf_counter() - start)
         study.report.write(args.output)  # a run that is stopped keeps what it has
         print(f"{name}: done after {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    if args.docs:
-        study.report.write(args.output, DOCS)
+    study.report.settings = settings(args, study, time.perf_counter() - start)
+    study.report.write(args.output, DOCS if args.docs else None)
     print(study.report.text())
     return 0
 

@@ -12,8 +12,10 @@ from ldm.schedule import ScheduleConfig
 from runtime.speed import early_indices
 from sampling.calibration import Calibration, Point
 from sampling.fit import Walker
+from sampling.polish import polish
+from sampling.stages import fit_segments
 from sampling.trajectory import Levels, Network, Trajectories
-from tools.sampler.network import STEPS, Predict, run_plan, run_scheduler
+from tools.sampler.network import STEPS, run_plan, run_scheduler
 
 # Lists of evaluated steps that a team of 2023 tried on the real model (xiatwhu/trt2023, canny2image_TRT.py), the one
 # of each length to which its comments give the lowest PD. All steps between hold the last prediction.
@@ -24,6 +26,8 @@ TEAM_LISTS: Dict[str, Tuple[int, ...]] = {
     "trt2023, 9 steps": (19, 18, 17, 16, 15, 14, 12, 8, 4),
 }
 SPACINGS = ("linspace", "leading")
+# Of a polish that starts from a calibrated plan.
+REFIT_ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Methods:
         """Every method, in the order of the tables."""
         return list(self._makers())
 
-    def final(self, name: str, evaluations: int, predict: Predict, initial: np.ndarray) -> Optional[np.ndarray]:
+    def final(self, name: str, evaluations: int, predict: Network, initial: np.ndarray) -> Optional[np.ndarray]:
         """(N, D) final latents of a method; None where it does not come with so many evaluations."""
         made = self._makers()[name](evaluations)
         if made is None:
@@ -103,10 +107,29 @@ class Methods:
         return min(of_kind, key=lambda point: point.errors[measure].mean, default=None)
 
 
-def refit(network: Network, levels: Levels, trajectories: Trajectories, indices: Tuple[int, ...]) -> SamplingPlan:
-    """A calibrated plan of given indices, its moves fitted on other trajectories."""
-    outcome = Walker(network, levels, trajectories, "calibrated").walk(indices)
-    return calibrated_plan(levels.config, STEPS, indices, outcome.moves)
+def refit(
+    network: Network,
+    levels: Levels,
+    trajectories: Trajectories,
+    indices: Tuple[int, ...],
+    start: Optional[Point] = None,
+) -> SamplingPlan:
+    """A calibrated plan of given indices, its moves fitted on other trajectories as a calibration fits them.
+
+    Parameters
+    ----------
+    start : Point, optional
+        Polish it there: every third case chooses, the others are polished on. Default: no polish, but the segments' own
+        fits as `sampling.stages.fit_segments` makes them.
+    """
+    if start is None or not start.moves:
+        outcome = fit_segments(network, levels, trajectories, indices)
+        return calibrated_plan(levels.config, STEPS, indices, outcome.moves)
+    choosing = list(range(trajectories.cases))[2::3] or list(range(trajectories.cases))
+    others = [case for case in range(trajectories.cases) if case not in choosing] or choosing
+    walkers = [Walker(network, levels, trajectories.select(part), "subset", part) for part in (others, choosing)]
+    found = polish(walkers[0], walkers[1], indices, np.asarray(start.moves), start.timesteps or None, REFIT_ROUNDS)
+    return calibrated_plan(levels.config, STEPS, indices, found.moves, timesteps=found.timesteps)
 
 
 def _betas(schedule: ScheduleConfig, spacing: str) -> Dict[str, Any]:

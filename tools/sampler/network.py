@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+import sys
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -11,15 +12,14 @@ from cldm.request import Request
 from ldm.attention import Conditioning
 from ldm.exact import exact_fp32
 from ldm.plans import SamplingPlan
-from ldm.schedule import ScheduleConfig, ddim_timesteps
-from sampling.trajectory import Levels, Trajectories
+from ldm.schedule import ScheduleConfig
+from sampling.trajectory import Levels, Network, Trajectories, record
 from tools.sampler.cases import Case
 from tools.tiny.sampling import ADDED_PROMPT, NEGATIVE_PROMPT, Sampler
 
 STEPS = 20
-
-# (case numbers, timestep, (N, D) float32 latents) to the (N, D) float32 guided noise.
-Predict = Callable[[Sequence[int], int, np.ndarray], np.ndarray]
+# Cases of a CUDA graph, besides those of a full batch.
+GRAPH_SIZES = (8, 32, 64, 128)
 
 
 class CaseNetwork(Sampler):
@@ -47,7 +47,8 @@ class CaseNetwork(Sampler):
             Request(c.prompt, ADDED_PROMPT, NEGATIVE_PROMPT, seed=c.seed, guidance_scale=c.guidance) for c in cases
         ]
         self._size = self.cases[0].canny.shape
-        self._timesteps = ddim_timesteps(STEPS, self.config.schedule.train_steps)
+        self._refused = False
+        self._graphs: Dict[int, _Captured] = {}
         with torch.no_grad(), exact_fp32():
             parts = range(0, len(self.cases), self.batch)
             prepared = [self._prepare_part(slice(k, k + self.batch)) for k in parts]
@@ -78,18 +79,42 @@ class CaseNetwork(Sampler):
         """(N, D) final latents to (N, H, W, 3) uint8 images."""
         return self.decode(torch.from_numpy(latents.astype(np.float32)).reshape(-1, *self.shape))
 
-    def __call__(self, case: int, index: int, latent: np.ndarray) -> np.ndarray:
-        """The guided noise of one case at an index of the schedule: a `sampling.trajectory.Network`."""
-        return self.predict([case], int(self._timesteps[index]), latent[None])[0]
-
-    def many(self, cases: Sequence[int], index: int, latents: np.ndarray) -> np.ndarray:
-        """The same for several cases."""
-        return self.predict(cases, int(self._timesteps[index]), latents)
-
+    @torch.no_grad()
+    @exact_fp32()
     def predict(self, cases: Sequence[int], timestep: int, latents: np.ndarray) -> np.ndarray:
-        """(N, D) guided noise of some cases at a timestep."""
-        cond, uncond, _ = self.halves(cases, timestep, latents)
-        return self.guide(cases, cond, uncond)
+        """(N, D) guided noise of some cases at a timestep: a `sampling.trajectory.Network`.
+
+        On a GPU as CUDA graphs, each of a fixed number of cases, which the last ones are filled up to.
+        """
+        if self.device.type != "cuda" or self._refused:
+            cond, uncond, _ = self.halves(cases, timestep, latents)
+            return self.guide(cases, cond, uncond)
+        numbers = list(cases)
+        found = []
+        for start in range(0, len(numbers), self.batch):
+            part = numbers[start : start + self.batch]
+            try:
+                graph = self._captured(len(part))
+            except RuntimeError as reason:
+                print(f"no CUDA graph, and slower without: {reason}", file=sys.stderr, flush=True)
+                self._refused = True
+                return self.predict(numbers, timestep, latents)
+            found.append(graph.run(part, timestep, latents[start : start + self.batch]))
+        self.evaluations += len(numbers)
+        return np.concatenate(found)
+
+    def _captured(self, count: int) -> _Captured:
+        """The graph of the smallest size that holds so many cases."""
+        size = min([size for size in GRAPH_SIZES if count <= size < self.batch], default=self.batch)
+        if size not in self._graphs:
+            self._graphs[size] = _Captured(self, size)
+        return self._graphs[size]
+
+    def guided(self, x: torch.Tensor, cases: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """(N, 4, h, w) float32 guided noise on the device; N latents of the networks' type, N cases, one timestep."""
+        noise, _ = self._networks(torch.cat([x, x]), cases, t, 2, None)
+        cond, uncond = noise.chunk(2)
+        return uncond + self._guidance[cases] * (cond - uncond)
 
     def guide(self, cases: Sequence[int], cond: np.ndarray, uncond: np.ndarray) -> np.ndarray:
         """Classifier-free guidance at each case's scale (arXiv:2207.12598, eq. 6)."""
@@ -144,23 +169,33 @@ class CaseNetwork(Sampler):
         """(halves, N, D) noise of one batch, and its residuals."""
         count, halves = len(cases), 1 if conditional_only else 2
         x = torch.from_numpy(np.ascontiguousarray(latents)).to(self.device).reshape(count, *self.shape).to(self.dtype)
-        x = torch.cat([x] * halves)
+        numbers, t = torch.tensor(cases, device=self.device), torch.tensor([timestep], device=self.device)
+        noise, controls = self._networks(torch.cat([x] * halves), numbers, t, halves, controls)
+        return noise.reshape(halves, count, -1).cpu().numpy(), controls
+
+    def _networks(
+        self,
+        x: torch.Tensor,
+        cases: torch.Tensor,
+        t: torch.Tensor,
+        halves: int,
+        controls: Optional[List[torch.Tensor]],
+    ) -> Tuple[torch.Tensor, List[torch.Tensor]]:
+        """(halves N, 4, h, w) float32 noise and the residuals, with nothing that waits for the device."""
 
         def rows(tensor: torch.Tensor) -> torch.Tensor:
             chosen = tensor[cases]
             return torch.cat([chosen[:, half] for half in range(halves)])
 
-        for_unet, for_control = self._conditionings([rows(tensor) for tensor in self._pairs], timestep)
+        for_unet, for_control = self._conditionings([rows(tensor) for tensor in self._pairs], t)
         if controls is None:
             controls = self._cast.control_model.residuals(x, for_control, rows(self._hints))
             scales = rows(self._scales)
             controls = [control * scales[:, i] for i, control in enumerate(controls)]
-        used = [control[: count * halves] for control in controls]
-        noise = self._cast.unet.denoise(x, for_unet, used).float()
-        return noise.reshape(halves, count, -1).cpu().numpy(), controls
+        used = [control[: len(x)] for control in controls]
+        return self._cast.unet.denoise(x, for_unet, used).float(), controls
 
-    def _conditionings(self, tensors: List[torch.Tensor], timestep: int) -> Tuple[Conditioning, Conditioning]:
-        t = torch.tensor([timestep], device=self.device)
+    def _conditionings(self, tensors: List[torch.Tensor], t: torch.Tensor) -> Tuple[Conditioning, Conditioning]:
         pairs = list(zip(tensors[0::2], tensors[1::2]))
         split = len(self.model.unet.transformer_blocks())
         biases = [
@@ -170,6 +205,36 @@ class CaseNetwork(Sampler):
         return Conditioning(biases[0], pairs[:split]), Conditioning(biases[1], pairs[split:])
 
 
+class _Captured:
+    """`CaseNetwork.guided` of a fixed number of cases as a CUDA graph."""
+
+    def __init__(self, network: CaseNetwork, size: int) -> None:
+        device = network.device
+        self._x = torch.zeros((size, *network.shape), device=device)
+        self._cases = torch.zeros(size, dtype=torch.long, device=device)
+        self._t = torch.zeros(1, dtype=torch.long, device=device)
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # what libraries set up on a first run must not be captured
+                network.guided(self._x.to(network.dtype), self._cases, self._t)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._noise = network.guided(self._x.to(network.dtype), self._cases, self._t)
+
+    def run(self, cases: Sequence[int], timestep: int, latents: np.ndarray) -> np.ndarray:
+        """(N, D) float32 guided noise, N at most the graph's size."""
+        count = len(cases)
+        self._x[:count].copy_(
+            torch.from_numpy(np.ascontiguousarray(latents, np.float32)).view(count, *self._x.shape[1:])
+        )
+        self._cases[:count].copy_(torch.tensor(list(cases)))
+        self._t.fill_(timestep)
+        self._graph.replay()
+        return self._noise[:count].reshape(count, -1).cpu().numpy()
+
+
 def _join(parts: List[Any]) -> Any:
     if isinstance(parts[0], list):
         return [torch.cat(list(group)) for group in zip(*parts)]
@@ -177,21 +242,11 @@ def _join(parts: List[Any]) -> Any:
 
 
 def record_all(network: CaseNetwork, levels: Levels) -> Trajectories:
-    """`sampling.trajectory.record` of all cases at once."""
-    numbers = range(len(network.cases))
-    initial = network.initial()
-    latents = np.empty((len(initial), levels.num_steps + 1, initial.shape[1]), np.float32)
-    noises = np.empty((len(initial), levels.num_steps, initial.shape[1]), np.float32)
-    y = initial.astype(np.float64) / levels.scale(levels.num_steps - 1)
-    for index in range(levels.num_steps - 1, -1, -1):
-        latents[:, index + 1] = levels.scale(index) * y
-        noises[:, index] = network.many(numbers, index, latents[:, index + 1])
-        y = y + levels.steps[index] * noises[:, index]
-    latents[:, 0] = levels.scale(-1) * y
-    return Trajectories(latents, noises)
+    """The reference of all cases."""
+    return record(network.predict, levels, network.initial())
 
 
-def run_plan(predict: Predict, plan: SamplingPlan, initial: np.ndarray) -> np.ndarray:
+def run_plan(predict: Network, plan: SamplingPlan, initial: np.ndarray) -> np.ndarray:
     """(N, D) final latents of all cases by a plan's rows, in FP32 as in the step graph."""
     numbers = range(len(initial))
     x, last = initial.astype(np.float32), np.zeros_like(initial, np.float32)
@@ -201,7 +256,7 @@ def run_plan(predict: Predict, plan: SamplingPlan, initial: np.ndarray) -> np.nd
     return x
 
 
-def run_scheduler(predict: Predict, scheduler: Any, evaluations: int, initial: np.ndarray) -> np.ndarray:
+def run_scheduler(predict: Network, scheduler: Any, evaluations: int, initial: np.ndarray) -> np.ndarray:
     """(N, D) final latents of all cases by a scheduler of diffusers, as it is."""
     scheduler.set_timesteps(evaluations)
     if len(scheduler.timesteps) != evaluations:

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from ldm.schedule import ddim_timesteps
-from tools.sampler.network import STEPS, CaseNetwork, Predict
+from sampling.trajectory import Network
+from tools.sampler.network import STEPS, CaseNetwork
 
 # How the unconditional half is guessed where it is not run.
 RULES = ("difference", "line")
@@ -81,15 +82,10 @@ class SavingNetwork:
     def __init__(self, network: CaseNetwork, saving: Saving, indices: Sequence[int]) -> None:
         steps = ddim_timesteps(STEPS, network.config.schedule.train_steps)
         self._network = network
-        self._timesteps = steps
         self._saving = saving
         self._reused = {int(steps[index]) for index in indices[len(indices) - saving.reused :]}
         self._guessed = {int(steps[index]) for index in indices[len(indices) - saving.guessed :]}
         self._memories: Dict[Tuple[int, ...], _Memory] = {}
-
-    def __call__(self, case: int, index: int, latent: np.ndarray) -> np.ndarray:
-        """A `sampling.trajectory.Network`."""
-        return self.predict([case], int(self._timesteps[index]), latent[None])[0]
 
     def predict(self, cases: Sequence[int], timestep: int, latents: np.ndarray) -> np.ndarray:
         """(N, D) guided noise; the same cases must come together at every evaluation."""
@@ -113,7 +109,7 @@ class SavingNetwork:
         return second + (timestep - last) / (last - before) * (second - first)
 
 
-def high_precision_first(high: Predict, low: Predict, timesteps: Sequence[int], count: int) -> Predict:
+def high_precision_first(high: Network, low: Network, timesteps: Sequence[int], count: int) -> Network:
     """The first `count` evaluations at `timesteps` by one network, the others by another."""
     first = {int(timestep) for timestep in timesteps[:count]}
 

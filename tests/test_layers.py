@@ -18,16 +18,22 @@ LAYERS = {
     "runtime": {"ldm", "cldm", "deploy"},
     "scoring": {"ldm", "cldm"},
 }
-# What stands above all layers; only tests import it.
+# What stands above all layers; of the others only tests and the doctor's entry import it.
 OUTER = ("benchmarks", "tools")
-ENTRIES = ("canny2image_TRT.py", "compute_score.py", "export_onnx.py", "environment.py")
+ENTRIES = (
+    *("canny2image_TRT.py", "compute_score.py", "export_onnx.py", "build_engines.py", "doctor.py"),
+    "environment.py",
+)
 # Drawn scenes are made in processes of their own by the dozen: torch in each would cost more than the drawing.
 DRAWING = ("tools.tiny.scenes", "tools.tiny.measures", "tools.tiny.report", "tools.build_vocabulary")
 LIGHT = (
     *("ldm.layout", "ldm.schedule", "cldm.config", "cldm.files", "cldm.image", "cldm.request", "cldm.result"),
     *("cldm.tokenizer", "cldm.weights", "deploy.spec", "deploy.manifest", "runtime.session", "runtime.workspace"),
     *("runtime.pipeline", "runtime.backends", "runtime.choose", "runtime.ort_session", "runtime.torch_session"),
-    *("canny2image_TRT", "compute_score", "export_onnx", "environment", "scoring.runner"),
+    *("runtime.stream", "runtime.cuda_graph", "runtime.cuda_runtime", "runtime.torch_backend"),
+    *("runtime.fused.tuning", "runtime.fused.session", "runtime.fused.build"),
+    *("canny2image_TRT", "compute_score", "export_onnx", "build_engines", "environment", "scoring.runner"),
+    *("doctor", "tools.doctor.examine", "tools.doctor.files", "deploy.toolchain", "runtime.tensorrt_backend"),
 )
 
 

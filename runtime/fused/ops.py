@@ -352,6 +352,8 @@ class Fused:
         if found is None or found[0].numel() < floats or found[1].numel() < counts:
             if found is not None:
                 self._outgrown.append(found)
+                # Twice as large each time, so that what is kept is never more than what is used.
+                floats, counts = max(floats, 2 * found[0].numel()), max(counts, 2 * found[1].numel())
             floats, counts = max(floats, 8 << 20), max(counts, 4096)
             found = (torch.empty(floats, device=device), torch.zeros(counts, dtype=torch.int32, device=device))
             self._scratch[device] = found

@@ -178,16 +178,16 @@ _SPLITS = (1, 2, 3, 4, 6, 8, 12)
 
 # The same for the kernel of compute capability 9.0.
 _BOX_SHAPES = (
-    (64, 32, 4, (4, 6, 8)),
-    (64, 64, 4, (4, 6)),
-    (64, 128, 4, (3, 4, 6)),
-    (64, 256, 4, (3, 4)),
+    (64, 32, 4, (6, 8, 12)),
+    (64, 64, 4, (4, 6, 8, 12)),
+    (64, 128, 4, (3, 4, 6, 8)),
+    (64, 256, 4, (3, 4, 5)),
     (128, 32, 4, (4, 6)),
-    (128, 64, 4, (3, 4, 6)),
-    (128, 128, 4, (3, 4)),
+    (128, 64, 4, (3, 4, 6, 8)),
+    (128, 128, 4, (3, 4, 6)),
     (128, 128, 8, (3, 4, 6)),
     (128, 256, 8, (3, 4)),
-    (256, 64, 8, (3, 4)),
+    (256, 64, 8, (3, 4, 5)),
     (256, 128, 8, (3, 4)),
 )
 
@@ -231,7 +231,9 @@ def estimate(problem: Problem, card: Card) -> Config:
     best: Optional[Config] = None
     for bm, bn, warps in ((128, 128, 8), (128, 64, 4), (64, 64, 4), (64, 32, 4), (32, 32, 2)):
         config = Config(bm, bn, bk, warps, 3)
-        if not fits(problem, config, card):
+        # The two sums of a large gated tile fill the registers, which on cards before 9.0 the operands need too.
+        spills = problem.gated and bm > 64 and card.capability < 90
+        if spills or not fits(problem, config, card):
             continue
         best = config
         if tiles(problem, config) >= card.processors:
@@ -315,9 +317,22 @@ def read_table(path: Path) -> Dict[str, List[int]]:
     """
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))["configs"]
-        return {str(key): [int(number) for number in numbers.split()] for key, numbers in stored.items()}
+        return {str(key): _numbers(str(key), text) for key, text in stored.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a table of tile sizes: {error}; delete it, it is made again") from error
+
+
+def _numbers(key: str, text: str) -> List[int]:
+    """One row of a table; raises TypeError or ValueError where it is no configuration."""
+    numbers = [int(number) for number in text.split()]
+    config = AttentionConfig(*numbers) if "attention" in key else Config(*numbers)
+    if min(config[:6]) < 1:
+        raise ValueError(f"{key} has {text}")
+    if isinstance(config, Config) and (config.bx or config.by):
+        pixels = config.by * config.bx
+        if min(config.by, config.bx) < 1 or config.bm % pixels:
+            raise ValueError(f"{key} has {text}, whose box does not divide its tile")
+    return numbers
 
 
 def write_table(path: Path, card: Card, versions: Mapping[str, str], table: Mapping[str, Sequence[int]]) -> None:

@@ -1,0 +1,246 @@
+"""The fused kernels compiled for cards that are not here: what the assembler reports, and which instructions it was
+given."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple
+
+import pytest
+import torch
+
+from runtime.fused.ops import Affine, Fused, Weights
+from runtime.fused.tuning import AttentionConfig, Card, Config, Tuning
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("needs triton, which there is for Linux only", allow_module_level=True)
+
+CARDS = {
+    80: Card("NVIDIA A100-SXM4-80GB", 80, 108, 166912),
+    86: Card("NVIDIA A10", 86, 72, 101376),
+    89: Card("NVIDIA GeForce RTX 4090", 89, 128, 101376),
+    90: Card("NVIDIA H200", 90, 132, 232448, boxes=True),
+}
+Call = Callable[[Fused], Any]
+
+
+class Compiled(NamedTuple):
+    """What one launch was compiled to."""
+
+    kernel: Any
+    ptx: str
+    usage: Dict[str, int]
+
+
+class NoDevice:
+    """Stands for a driver with a card of each capability; nothing can be launched on it."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., List[Compiled]]:
+    """Runs an operator up to the launch of its kernels, which are compiled and not launched."""
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    made: List[Any] = []
+    run = JITFunction.run
+
+    def compile_alone(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+        made.append(run(kernel, *args, **{**kwargs, "warmup": True}))
+        return made[-1]
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(JITFunction, "run", compile_alone)
+
+    def compile_for(capability: int, call: Call) -> List[Compiled]:
+        made.clear()
+        monkeypatch.setattr(driver, "_active", NoDevice(capability))
+        call(Fused(Tuning(CARDS[capability]), pdl=capability >= 90))
+        return [Compiled(kernel, kernel.asm["ptx"], _usage(kernel, tmp_path)) for kernel in made]
+
+    return compile_for
+
+
+def _usage(kernel: Any, folder: Path) -> Dict[str, int]:
+    """Registers, stack, and shared and local memory, by cuobjdump, which comes with Triton."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    report = subprocess.run([str(tool), "-res-usage", str(cubin)], capture_output=True, text=True, check=True).stdout
+    return {name: int(number) for name, number in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report)}
+
+
+def maps(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float16)
+
+
+def weights(nets: int, n: int, depth: int, **options: Any) -> Weights:
+    rows = n * (2 if options.get("gated") else 1)
+    return Weights(maps(nets, rows, depth), torch.empty(nets, rows), **options)
+
+
+def conv(run: Fused) -> None:
+    run.matmul(maps(1, 2, 32, 48, 640), weights(1, 320, 9 * 640, taps=9), shift=(maps(640), 320))
+
+
+def conv_with_tail(run: Fused) -> None:
+    """A sum that is cut, of a slice of a concatenation too."""
+    tail = maps(2, 2, 8, 12, 1920)[..., :640]
+    run.matmul(maps(2, 2, 8, 12, 1280), weights(2, 1280, 9 * 1280 + 640, taps=9, tail=640), tail=tail)
+
+
+def conv_of_small_channels(run: Fused) -> None:
+    run.matmul(maps(1, 1, 64, 96, 24), weights(1, 40, 9 * 24, taps=9, stride=2), act="silu")
+
+
+def up_conv(run: Fused) -> None:
+    run.matmul(maps(1, 1, 64, 96, 512), weights(4, 512, 4 * 512, taps=4))
+
+
+def gated(run: Fused) -> None:
+    run.matmul(maps(2, 2, 32, 48, 320), weights(2, 1280, 320, gated=True))
+
+
+def linear(run: Fused) -> None:
+    residual, scale = maps(1, 2, 16, 24, 640), torch.empty(2, 13)[:, 3]
+    run.matmul(maps(1, 2, 16, 24, 640), weights(1, 640, 640), residual=residual, scale=scale)
+
+
+def attention_40(run: Fused) -> None:
+    qkv = maps(2, 1, 32, 48, 960)
+    rows = qkv.flatten(2, 3)
+    run.attention(qkv[..., :320], rows[..., 320:640], rows[..., 640:], 8)
+
+
+def attention_160(run: Fused) -> None:
+    run.attention(maps(2, 1, 8, 12, 1280), maps(2, 2, 77, 1280), maps(2, 2, 77, 1280), 8, images=2)
+
+
+def attention_causal(run: Fused) -> None:
+    run.attention(maps(1, 2, 1, 77, 768), maps(1, 2, 77, 768), maps(1, 2, 77, 768), 12, causal=True)
+
+
+def neighbours(run: Fused) -> None:
+    """The kernels that are no products, but for the last convolution."""
+    run.layer_norm(maps(2, 2, 16, 24, 640), Affine(torch.empty(2, 640), torch.empty(2, 640), 1e-5))
+    run.softmax(maps(1, 1, 1, 8, 1536))
+    run.first_conv(torch.empty(1, 4, 32, 48), weights(2, 320, 36, taps=9), 1, added=maps(1, 320, 32, 48))
+    latent, scalar = torch.empty(1, 4, 32, 48), torch.empty(1)
+    run.guide(torch.empty(1, 2, 32, 48, 4), latent, latent, scalar, torch.empty(1, 3), latent, latent)
+    run.pixels(maps(1, 1, 64, 96, 128), weights(1, 3, 9 * 128, taps=9), torch.empty(1, 64, 96, 3, dtype=torch.uint8))
+    run.embed(torch.empty(2, 77, dtype=torch.int32), maps(100, 768), maps(77, 768))
+
+
+PRODUCTS: Dict[str, Call] = {
+    call.__name__: call
+    for call in (
+        *(conv, conv_with_tail, conv_of_small_channels, up_conv, gated, linear),
+        *(attention_40, attention_160, attention_causal),
+    )
+}
+# The two cards of one generation and size of shared memory compile the same but for the name.
+FOR_89 = ("conv_with_tail", "gated", "attention_160")
+
+
+def check(found: Compiled, capability: int) -> None:
+    name = f"{found.kernel.metadata.name} for sm_{capability}"
+    assert re.search(rf"\.target sm_{capability}", found.ptx), name
+    assert found.usage["LOCAL"] == 0 and found.usage["STACK"] == 0, f"{name} spills: {found.usage}"
+    assert found.usage["REG"] <= 255
+    assert found.kernel.metadata.shared <= CARDS[capability].shared_memory, name
+    assert found.kernel.metadata.global_scratch_size == 0, name
+    assert ("griddepcontrol.wait" in found.ptx) == (capability >= 90), f"{name}: programmatic launch"
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    [(capability, name) for capability in CARDS for name in (PRODUCTS if capability != 89 else FOR_89)],
+)
+def test_products(compiled: Callable[..., List[Compiled]], capability: int, name: str) -> None:
+    (found,) = compiled(capability, PRODUCTS[name])
+    check(found, capability)
+    print(f"{name} for sm_{capability}: {found.usage}, {found.kernel.metadata.shared} bytes shared")
+    if capability >= 90:
+        # Sums of tiles below 64 rows stay with the older instruction.
+        assert "wgmma.mma_async" in found.ptx or "mma.sync.aligned.m16n8k16" in found.ptx
+    else:
+        assert "mma.sync.aligned.m16n8k16" in found.ptx
+        # Channels that no block divides are read one by one, and two bytes are too few for an asynchronous copy.
+        assert ("cp.async" in found.ptx) == (name != "conv_of_small_channels")
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_other_kernels(compiled: Callable[..., List[Compiled]], capability: int) -> None:
+    found = compiled(capability, neighbours)
+    assert len(found) == 6
+    for one in found:
+        check(one, capability)
+
+
+# -- the kernel of compute capability 9.0 ------------------------------------------------------------------------------
+
+
+def boxed(call: Call, *numbers: int) -> Call:
+    """The same operator with one tile size for all its products."""
+
+    def chosen(run: Fused) -> Any:
+        run.tuning.config = lambda problem: Config(*numbers)  # type: ignore[method-assign]
+        return call(run)
+
+    return chosen
+
+
+BOXES = {
+    "conv": boxed(conv, 128, 128, 64, 8, 6, 1, 8, 16),
+    "conv, wide": boxed(conv, 128, 256, 64, 8, 3, 1, 16, 8),
+    "conv with tail, cut": boxed(conv_with_tail, 64, 128, 64, 4, 6, 2, 8, 4),
+    "up": boxed(up_conv, 128, 128, 64, 8, 3, 1, 16, 8),
+    "gated": boxed(gated, 128, 64, 64, 4, 3, 1, 1, 128),
+    "linear": boxed(linear, 64, 32, 64, 4, 8, 1, 1, 64),
+}
+
+
+@pytest.mark.parametrize("name", BOXES)
+def test_boxes(compiled: Callable[..., List[Compiled]], name: str) -> None:
+    """Tiles come by TMA, and warp groups multiply them where they lie."""
+    pytest.importorskip("triton.experimental.gluon")
+    (found,) = compiled(90, BOXES[name])
+    check(found, 90)
+    assert found.kernel.metadata.name == "tma_matmul_kernel"
+    assert "wgmma.mma_async.sync" in found.ptx and "cp.async.bulk.tensor" in found.ptx
+    operands, _, results = found.ptx.rpartition("wgmma.mma_async.sync")
+    assert "ldmatrix" not in operands, "operands go through registers"
+    assert "st.global.v4" in results or "st.global.L1::no_allocate.v4" in results, "narrow stores"
+
+
+def test_configurations_of_attention_fit_what_they_say(compiled: Callable[..., List[Compiled]]) -> None:
+    """The estimate of shared memory is not below what the compiler takes, or a candidate could not be launched."""
+    config = AttentionConfig(64, 32, 4, 2)
+
+    def call(run: Fused) -> None:
+        rows = maps(1, 1, 384, 640)
+        run.attention(maps(1, 1, 16, 24, 640), rows, rows, 8, config=config)
+
+    for capability in (86, 90):
+        (found,) = compiled(capability, call)
+        dim = 80
+        assert found.kernel.metadata.shared <= 2 * 2 * dim * (config.bm + 2 * config.bn * config.stages)

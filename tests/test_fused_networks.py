@@ -1,0 +1,159 @@
+"""The fused networks against the deployable graphs on a CPU, and what they ask for when they are only traced."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Dict, Iterator, Tuple
+
+import pytest
+import torch
+
+from cldm.checkpoint import load_model
+from cldm.config import ModelConfig, load_config
+from cldm.model import ControlLDM
+from cldm.weights import Weights
+from deploy.spec import Build, graph_specs
+from runtime.fused.build import _meta, fused_problem, require_memory
+from runtime.fused.ops import Fused
+from runtime.fused.session import FusedSession
+from runtime.fused.tuning import Card, Problem, Tuning
+from tests.fused_network_cases import CASES, NETWORKS
+from tests.interpreted import needs_triton, run_interpreted
+from tests.small_model import small_config
+
+OUTPUTS = {"text": ["keys_values"], "hint": ["hint_features"], "step": ["latent_next", "noise"], "decode": ["image"]}
+
+
+@pytest.fixture(scope="module")
+def found() -> Dict[str, Dict[str, Tuple[float, float]]]:
+    return run_interpreted("tests.fused_network_cases")
+
+
+def _outputs() -> Iterator[Tuple[str, str]]:
+    for case, (*_, names) in CASES.items():
+        yield from ((case, f"{name} {output}") for name in names for output in OUTPUTS[name])
+
+
+@needs_triton
+@pytest.mark.parametrize(("case", "output"), list(_outputs()))
+def test_error_is_that_of_half_precision(
+    found: Dict[str, Dict[str, Tuple[float, float]]], case: str, output: str
+) -> None:
+    """Against FP32, beside the error of the graph in plain FP16; outputs held NaN, or one byte, before."""
+    fused, plain = found[case][output]
+    print(f"{case} {output}: {fused:.2e}, plain FP16 {plain:.2e}")
+    assert 1e-5 < plain < 1e-2
+    assert fused < 1.5 * plain
+
+
+# -- tracing: no launch, the shapes alone ------------------------------------------------------------------------------
+
+
+def traced(model: ControlLDM, device: str, build: Build) -> Fused:
+    """What the networks ask for; the weights lie on `device`, the maps on none."""
+    run = Fused(Tuning(Card("a card", 80, 108, 164 * 1024)))
+    for name, network in NETWORKS.items():
+        spec = graph_specs(build)[name]
+        network(model, run, device)(_meta(spec.inputs), _meta(spec.outputs))
+    return run
+
+
+def small_model() -> ControlLDM:
+    config = small_config()
+    return load_model(config, Weights(None, config.seed, ""))
+
+
+@needs_triton
+def test_tracing_launches_nothing_wherever_the_weights_are() -> None:
+    model = small_model()
+    build = Build(model.config, 64, 96, 2, "fp16")
+    on_cpu, on_meta = (traced(model, device, build) for device in ("cpu", "meta"))
+    assert on_cpu.asked == on_meta.asked and len(on_cpu.asked) > 40
+    assert on_cpu.asked_attention == on_meta.asked_attention and len(on_cpu.asked_attention) > 5
+    assert not on_cpu._scratch, "a kernel was prepared"
+
+
+@needs_triton
+def test_traced_problems_are_the_networks_sizes() -> None:
+    """Each number from the layers' own description: 2 x 96 pixels, three levels of 16, 32 and 32 channels."""
+    model = small_model()
+    run = traced(model, "meta", Build(model.config, 64, 96, 2, "fp16"))
+    asked = run.asked
+    # The first ResBlock of both encoders, before the text: one half of guidance; the same of the decoder has both.
+    assert asked[Problem(2, 2 * 96, 16, 16, 0, 9, 1, False, 8, 12)] == (2, 2, 8, 12, 16)
+    assert Problem(1, 4 * 96, 16, 16, 32, 9, 1, False, 8, 12) in asked, "decoder: 16 + 16 channels through the tail"
+    assert Problem(2, 4 * 24, 16, 16, 0, 9, 2, False, 4, 6) in asked, "the first downsampling"
+    assert Problem(4, 4 * 24, 32, 32, 0, 4, 1, False, 4, 6) in asked, "an upsampling's four sets of weights"
+    assert Problem(2, 4 * 96, 64, 16, gated=True, height=8, width=12) in asked, "GEGLU is four times as wide"
+    assert Problem(1, 4 * 96, 4, 16, 0, 9, 1, False, 8, 12) in asked, "the predicted noise"
+    assert all(shape[1] * shape[2] * shape[3] * 4 >= problem.m for problem, shape in asked.items())
+
+
+def test_a_session_reads_and_writes_the_buffers_it_was_given() -> None:
+    model = small_model()
+    build = Build(model.config, 64, 64, 1, "fp16")
+    spec = graph_specs(build)["hint"]
+    seen: Dict[str, Any] = {}
+    session = FusedSession(lambda inputs, outputs: seen.update(inputs=inputs, outputs=outputs), spec)
+    buffers = {
+        name: torch.zeros(tuple(tensor.shape), dtype=getattr(torch, tensor.dtype))
+        for name, tensor in spec.tensors.items()
+    }
+    session.bind(buffers).enqueue()
+    assert seen["inputs"]["canny"] is buffers["canny"]
+    assert seen["outputs"]["hint_features"] is buffers["hint_features"]
+    with pytest.raises(ValueError, match="canny must be contiguous uint8"):
+        session.bind({**buffers, "canny": torch.zeros(64, 64)})
+    session.close()
+    with pytest.raises(RuntimeError, match="hint is closed"):
+        session.bind(buffers)
+
+
+# -- where they can run ------------------------------------------------------------------------------------------------
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("capability", "precision", "variable", "reason"),
+    [
+        ((8, 0), "fp16", None, None),
+        ((8, 9), "bf16", "1", None),
+        ((9, 0), "fp16", "0", "HACKATHON_FUSED is 0"),
+        ((9, 0), "fp32", None, "no FP32 form"),
+        ((7, 5), "fp16", None, "compute capability 8.0, and this GPU has 7.5"),
+    ],
+)
+def test_where_they_run(
+    monkeypatch: pytest.MonkeyPatch, capability: Tuple[int, int], precision: str, variable: str, reason: str
+) -> None:
+    monkeypatch.delenv("HACKATHON_FUSED", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("HACKATHON_FUSED", variable)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    problem = fused_problem("cuda", precision)
+    assert problem is None if reason is None else problem is not None and reason in problem
+    assert "not for cpu" in str(fused_problem("cpu", "fp16")) or variable == "0"
+
+
+def test_they_need_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HACKATHON_FUSED", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert fused_problem("cuda", "fp16") == "the package triton is not installed"
+
+
+@needs_triton
+def test_they_need_a_triton_that_knows_programmatic_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HACKATHON_FUSED", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setitem(sys.modules, "runtime.fused.kernels", None)
+    assert "this version of triton is too old" in str(fused_problem("cuda", "fp16"))
+
+
+def test_too_little_memory_is_an_error_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SD1.5 has 1.43 billion parameters with the ControlNet and without the autoencoder's encoder: 2.9 GB."""
+    config: ModelConfig = load_config("sd15")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(3.8e9), int(4e9)))
+    with pytest.raises(MemoryError, match=r"sd15 .* needs some 3\.9 GB, and cuda:1 has 3\.8 of its 4\.0 GB free; stop"):
+        require_memory(config, "cuda:1")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(4.1e9), int(6e9)))
+    require_memory(config, "cuda:1")

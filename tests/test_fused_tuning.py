@@ -1,0 +1,259 @@
+"""Tile sizes of the fused kernels: what fits a card, the tables that keep them, and the table that ships."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Dict, FrozenSet, List, Tuple
+
+import pytest
+import torch
+
+from cldm.config import load_config
+from cldm.model import ControlLDM
+from deploy.spec import Build, graph_specs
+from runtime.fused import networks
+from runtime.fused.build import SHIPPED, _meta
+from runtime.fused.ops import Fused
+from runtime.fused.tuning import (
+    AttentionConfig,
+    AttentionProblem,
+    Card,
+    Config,
+    Problem,
+    Tuning,
+    attention_candidates,
+    attention_fits,
+    box,
+    candidates,
+    card_slug,
+    estimate,
+    fits,
+    read_table,
+    row_tiles,
+    shared_bytes,
+    tiles,
+    write_table,
+)
+from tests.interpreted import needs_triton
+
+A10 = Card("NVIDIA A10", 86, 72, 101376)
+RTX_4090 = Card("NVIDIA GeForce RTX 4090", 89, 128, 101376)
+A100 = Card("NVIDIA A100-SXM4-80GB", 80, 108, 166912)
+H200 = Card("NVIDIA H200", 90, 132, 232448, boxes=True)
+H200_OLD_TRITON = H200._replace(boxes=False)
+CARDS = (A10, RTX_4090, A100, H200, H200_OLD_TRITON)
+
+
+@functools.lru_cache(maxsize=None)
+def asked(height: int, width: int, samples: int = 1) -> Tuple[FrozenSet[Problem], FrozenSet[AttentionProblem]]:
+    """All that sd15's networks ask for; nothing is computed."""
+    config = load_config("sd15")
+    with torch.device("meta"):
+        model = ControlLDM(config)
+    run = Fused(Tuning(A100))
+    specs = graph_specs(Build(config, height, width, samples, "fp16"))
+    for name, network in (
+        ("text", networks.FusedText),
+        ("hint", networks.FusedHint),
+        ("step", networks.FusedStep),
+        ("decode", networks.FusedDecode),
+    ):
+        network(model, run, "meta")(_meta(specs[name].inputs), _meta(specs[name].outputs))
+    return frozenset(run.asked), frozenset(run.asked_attention)
+
+
+def sizes() -> List[Problem]:
+    """Of sd15 at the contest's size and at another, and of models that nobody tuned."""
+    odd = [Problem(1, m, n, cin) for m, n, cin in ((1, 4, 16), (7, 40, 24), (100_000, 8, 8), (5, 70_000, 3000))]
+    odd += [Problem(1, 9, 16, 20, 12, 9, 1, False, 3, 3), Problem(2, 6, 8, 16, gated=True, height=1, width=6)]
+    return [*asked(256, 384)[0], *asked(512, 768, 2)[0], *odd]
+
+
+# -- the table that ships ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Dict[str, List[int]]:
+    return read_table(SHIPPED / f"{card_slug(H200)}.json")
+
+
+@needs_triton
+def test_shipped_table_has_all_of_sd15(shipped: Dict[str, List[int]]) -> None:
+    problems, attentions = asked(256, 384)
+    assert len(problems) > 80 and len(attentions) == 15
+    assert {problem.key() for problem in (*problems, *attentions)} <= set(shipped)
+
+
+@needs_triton
+def test_shipped_table_is_what_runs(shipped: Dict[str, List[int]]) -> None:
+    """An entry that did not fit would be passed over in silence for an estimate."""
+    problems, attentions = asked(256, 384)
+    tuning = Tuning(H200, shipped)
+    for problem in problems:
+        config = Config(*shipped[problem.key()])
+        assert tuning.config(problem) == config and fits(problem, config, H200), problem
+        assert config in candidates(problem, H200), problem
+    for attention in attentions:
+        config = AttentionConfig(*shipped[attention.key()])
+        assert tuning.attention(attention) == config and attention_fits(attention, config, H200), attention
+    used = [Config(*shipped[problem.key()]) for problem in problems]
+    assert sum(config.bx > 0 for config in used) > 60, "the kernel of compute capability 9.0 is hardly used"
+
+
+def test_shipped_card_is_the_one_it_is_named_for() -> None:
+    stored = json.loads((SHIPPED / f"{card_slug(H200)}.json").read_text(encoding="utf-8"))
+    assert Card(**stored["card"]) == H200
+    assert set(stored["versions"]) == {"torch", "triton"}
+
+
+@needs_triton
+def test_keys_tell_problems_apart() -> None:
+    """Two problems of one key would share a measurement of one of them."""
+    problems, attentions = asked(256, 384)
+    linear = {problem._replace(height=1, width=problem.m) if problem.taps == 1 else problem for problem in problems}
+    assert len({problem.key() for problem in problems}) == len(linear)
+    assert len({attention.key() for attention in attentions}) == len(attentions)
+
+
+# -- what fits ---------------------------------------------------------------------------------------------------------
+
+
+@needs_triton
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: f"{card.name}, boxes {card.boxes}")
+def test_all_that_is_offered_fits(card: Card) -> None:
+    tuning = Tuning(card)
+    for problem in sizes():
+        offered = candidates(problem, card)
+        assert offered and len(offered) == len(set(offered))
+        for config in (*offered, tuning.config(problem)):
+            assert fits(problem, config, card), (problem, config)
+            assert shared_bytes(problem, config) <= card.shared_memory
+            assert card.boxes or not config.bx
+            assert min(config.bm, config.bn, config.bk) >= 16, "less than a tensor core takes"
+            if config.bx:
+                assert problem.stride == 1 and config.bm % (config.by * config.bx) == 0
+                assert config.bm >= 64 and max(config.by, config.bx) <= 256
+            assert not (problem.gated and config.splits > 1), "the parts of two sums cannot be added"
+
+
+@needs_triton
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: f"{card.name}, boxes {card.boxes}")
+def test_all_that_is_offered_for_attention_fits(card: Card) -> None:
+    tuning = Tuning(card)
+    dims = [AttentionProblem(24, 77, dim, 8, 2) for dim in (8, 16, 24, 40, 64, 80, 160, 256)]
+    for problem in (*asked(256, 384)[1], *asked(512, 768, 2)[1], *dims):
+        offered = attention_candidates(problem, card)
+        assert offered
+        for config in (*offered, tuning.attention(problem)):
+            assert attention_fits(problem, config, card), (problem, config)
+
+
+@needs_triton
+def test_a_table_of_a_larger_card_is_not_used_where_it_does_not_fit(shipped: Dict[str, List[int]]) -> None:
+    problems, attentions = asked(256, 384)
+    for card in (A10, RTX_4090, H200_OLD_TRITON):
+        tuning = Tuning(card, shipped)
+        assert all(fits(problem, tuning.config(problem), card) for problem in problems)
+        assert not any(tuning.config(problem).bx for problem in problems)
+        assert all(attention_fits(problem, tuning.attention(problem), card) for problem in attentions)
+
+
+def test_limits_by_hand() -> None:
+    problem = Problem(1, 1024, 640, 640)
+    fitting = Config(128, 64, 64, 4, 4)
+    assert shared_bytes(problem, fitting) == (128 + 64) * 64 * 2 * 4 == 98304
+    assert fits(problem, fitting, A10)
+    assert not fits(problem, fitting._replace(stages=5), A10) and fits(problem, fitting._replace(stages=5), A100)
+    gated = problem._replace(gated=True)
+    assert shared_bytes(gated, fitting) == (128 + 2 * 64) * 64 * 2 * 4
+    assert not fits(gated, fitting._replace(splits=2, stages=2), A100) and fits(gated, fitting._replace(stages=2), A100)
+    # 128 numbers of the sum a thread, and no more.
+    assert fits(problem, Config(128, 256, 64, 8, 3), H200) and not fits(problem, Config(128, 256, 64, 4, 3), H200)
+    # 10 blocks of the sum: each of 5 parts has two.
+    assert fits(problem, fitting._replace(splits=5), A10) and not fits(problem, fitting._replace(splits=6), A10)
+    assert attention_fits(AttentionProblem(64, 64, 40, 8, 2), AttentionConfig(64, 64, 4, 3), A10)
+    assert not attention_fits(AttentionProblem(64, 64, 160, 8, 2), AttentionConfig(64, 64, 4, 3), A10)
+
+
+def test_estimates_fill_the_card() -> None:
+    """Small maps: enough programs for all processors, by smaller tiles and by cut sums."""
+    small = Problem(2, 48, 1280, 1280, 0, 9, 1, False, 4, 6)
+    config = estimate(small, A10)
+    assert tiles(small, config) * config.splits >= A10.processors
+    large = Problem(1, 98304, 128, 128, 0, 9, 1, False, 256, 384)
+    assert estimate(large, A10)[:2] == (128, 128) and estimate(large, A10).splits == 1
+
+
+# -- boxes of pixels ---------------------------------------------------------------------------------------------------
+
+
+def covered(problem: Problem, bm: int, by: int, bx: int) -> int:
+    """Tiles by walking through all pixels: every one lies in just one box."""
+    images = bm // (by * bx)
+    places = {
+        (image // images, y // by, x // bx)
+        for image in range(problem.images)
+        for y in range(problem.height)
+        for x in range(problem.width)
+    }
+    return len(places)
+
+
+@pytest.mark.parametrize("bm", [64, 128, 256])
+def test_boxes_cover_the_map_with_the_fewest_tiles(bm: int) -> None:
+    for images, height, width in ((1, 1, 1), (1, 4, 6), (2, 4, 6), (2, 8, 12), (3, 5, 7), (1, 16, 24), (4, 1, 2)):
+        problem = Problem(1, images * height * width, 64, 64, 0, 9, 1, False, height, width)
+        by, bx = box(problem, bm)
+        config = Config(bm, 64, 64, 4, 3, 1, by, bx)
+        assert bm % (by * bx) == 0
+        count = row_tiles(problem, config)
+        assert count == covered(problem, bm, by, bx)
+        sides = (1, 2, 4, 8, 16, 32, 64)
+        others = [
+            covered(problem, bm, y, x)
+            for y in sides
+            for x in sides
+            if bm % (y * x) == 0 and bm // (y * x) <= max(1, 2 * images - 1)
+        ]
+        assert count == min(others), (problem, by, bx)
+    assert box(Problem(1, 500, 64, 64, height=20, width=25), bm) == (1, bm)
+
+
+def test_square_boxes_where_tiles_are_as_many() -> None:
+    """Neighbours of a square box share the least pixels."""
+    problem = Problem(1, 64 * 64, 64, 64, 0, 9, 1, False, 64, 64)
+    assert box(problem, 64) == (8, 8) and sorted(box(problem, 128)) == [8, 16]
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
+    problem, attention = Problem(1, 24, 32, 256), AttentionProblem(24, 77, 40, 8, 2)
+    table = {problem.key(): list(Config(64, 32, 64, 4, 3, 2)), attention.key(): list(AttentionConfig(64, 32, 4, 2))}
+    path = tmp_path / "tuning" / f"{card_slug(RTX_4090)}.json"
+    write_table(path, RTX_4090, {"torch": "2"}, table)
+    assert path.name == "NVIDIA_GeForce_RTX_4090.json"
+    assert read_table(path) == table
+    tuning = Tuning(RTX_4090, read_table(path))
+    assert tuning.config(problem) == Config(64, 32, 64, 4, 3, 2)
+    assert tuning.attention(attention) == AttentionConfig(64, 32, 4, 2)
+    assert tuning.config(problem._replace(m=25)) == estimate(problem._replace(m=25), RTX_4090)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{}", "[]", '{"configs": 3}', '{"configs": {"linear": 3}}', '{"configs": {"linear": "64 x"}}'),
+        *('{"configs": {"linear": "64 64 64 4"}}', '{"configs": {"attention 1x1": "64 64 64 4 4 1 0 0"}}'),
+        *('{"configs": {"conv": "64 64 64 4 4 0 0 0"}}', '{"configs": {"conv": "64 64 64 4 4 1 0 8"}}'),
+        *('{"configs": {"attention 1x1": "0 64 4 4"}}', '{"configs": {"conv": "64 64 64 4 4 1 16 8"}}'),
+    ],
+)
+def test_what_is_no_table_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "table.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match="table.json is not a table of tile sizes: .*; delete it, it is made again"):
+        read_table(path)

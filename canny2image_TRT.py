@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import os
 import sys
@@ -17,7 +16,6 @@ ROOT = Path(__file__).resolve().parent
 if str(ROOT) not in sys.path:  # the repository's packages lie beside this file, wherever it is imported from
     sys.path.insert(0, str(ROOT))
 
-from cldm.config import load_config  # noqa: E402
 from cldm.image import target_size, to_three_channels  # noqa: E402
 from cldm.request import Request  # noqa: E402
 from cldm.result import Result  # noqa: E402
@@ -138,6 +136,7 @@ class hackathon:
         size: Tuple[int, int],
     ) -> None:
         """Settle what `initialize` was asked or left to find out; loads no weights yet."""
+        from cldm.tokenizer import find_tokenizer
         from cldm.weights import find_weights
         from deploy.spec import Build
         from runtime.backends import BackendError, choose_backend
@@ -149,7 +148,7 @@ class hackathon:
         self._config = choose_model(model or os.environ.get("HACKATHON_MODEL"), checkpoint)
         self._weights = find_weights(self._config, checkpoint, random_weights, self._folder / ".hashes.json")
         self._samples = samples
-        self._tokenizer = self._find_tokenizer()
+        self._tokenizer = find_tokenizer(self._config, self._weights, _say)
         precision = precision or os.environ.get("HACKATHON_PRECISION")
         chosen, self._reason = choose_backend(
             backend or os.environ.get("HACKATHON_BACKEND"),
@@ -366,19 +365,6 @@ class hackathon:
             found = Pipeline(build, sessions, self._tokenizer, about, self._backend.device, graphs)
         self._pipelines[height, width] = found
         return found
-
-    def _find_tokenizer(self) -> Any:
-        """The model's tokenizer. To random weights all words are alike: there the tiny model's vocabulary will do."""
-        from cldm.tokenizer import Tokenizer, TokenizerNotFound
-
-        try:
-            return Tokenizer(self._config)
-        except TokenizerNotFound:
-            if self._weights.seed is None:
-                raise
-            tiny = load_config("tiny")
-            _say(f"{self._config.name}'s vocabulary is not here; for random weights the tiny model's stands in")
-            return Tokenizer(dataclasses.replace(self._config, folder=tiny.folder, tokenizer=tiny.tokenizer))
 
     def _load_model(self) -> Any:
         """The model in FP32; one that something still holds is not loaded again."""

@@ -13,7 +13,7 @@ INCOMPLETE="$VENV/.incomplete"
 
 # Import names, to tell whether an interpreter has what the entry scripts need; "a or b" where either is enough.
 PACKAGES=(torch onnx polygraphy numpy cv2 yaml transformers tqdm "onnxruntime or tensorrt")
-DEV_PACKAGES=(pytest pytest_timeout ruff diffusers accelerate skimage psutil)
+DEV_PACKAGES=(pytest pytest_timeout ruff diffusers accelerate skimage psutil mypy)
 # The versions of Python that have wheels of every package that requirements.txt pins.
 OLDEST_MINOR=11
 NEWEST_MINOR=14

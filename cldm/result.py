@@ -27,7 +27,9 @@ class Receipt:
     sampling : str
         Which of the schedule's steps they are, such as "20 of 20 evaluations, exact".
     milliseconds : dict of str to float
-        Wall time of each stage, and "total".
+        Wall time of each stage: "host", "schedule", "text", "hint", "steps", "decode" (with a CUDA graph the last four
+        are one, "device", and the call that captures it adds "capture"), and "total". The
+        reference has "total" alone.
     warnings : tuple of str
         What the user should know, such as a prompt cut at 77 tokens.
     """

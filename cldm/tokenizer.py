@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
-from typing import Any, List, Optional, Set, Tuple
+from typing import Any, Callable, List, Optional, Set, Tuple
 
 import numpy as np
 
-from cldm.config import ModelConfig
+from cldm.config import ModelConfig, load_config
+from cldm.weights import Weights
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +67,29 @@ class Tokenizer:
         dropped = self._tokenizer.decode(ids[room:])
         shown = dropped if len(dropped) <= 200 else dropped[:200] + " ..."
         return [f"the text is {len(ids)} tokens long, CLIP takes {room}: {len(ids) - room} were cut: {shown!r}"]
+
+
+def find_tokenizer(config: ModelConfig, weights: Weights, report: Callable[[str], None] = log.warning) -> Tokenizer:
+    """The model's tokenizer. To random weights all words are alike: there the tiny model's vocabulary will do.
+
+    Parameters
+    ----------
+    report : callable
+        Told where that vocabulary stands in.
+
+    Raises
+    ------
+    TokenizerNotFound, ValueError
+        As `Tokenizer`; the first only where the weights are those of a checkpoint.
+    """
+    try:
+        return Tokenizer(config)
+    except TokenizerNotFound:
+        if weights.seed is None:
+            raise
+    report(f"{config.name}'s vocabulary is not here; for random weights the tiny model's stands in")
+    tiny = load_config("tiny")
+    return Tokenizer(dataclasses.replace(config, folder=tiny.folder, tokenizer=tiny.tokenizer))
 
 
 def _load(config: ModelConfig) -> Any:

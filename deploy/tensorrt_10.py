@@ -1,4 +1,4 @@
-"""Building with TensorRT 10 and 11, whose networks take their types from the graph."""
+"""Building with TensorRT 10 (from 10.1) and 11, whose networks take their types from the graph."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class TensorRT10:
         import tensorrt
 
         levels = tensorrt.HardwareCompatibilityLevel
-        known = {"none": levels.NONE, "ampere-plus": levels.AMPERE_PLUS}
-        known["same-compute-capability"] = levels.SAME_COMPUTE_CAPABILITY
-        return known.get(name)
+        if name == "same-compute-capability":
+            return getattr(levels, "SAME_COMPUTE_CAPABILITY", None)  # the first versions of 10 have none
+        return {"none": levels.NONE, "ampere-plus": levels.AMPERE_PLUS}.get(name)
 
     def watch(self, config: tensorrt.IBuilderConfig, progress: BuildProgress) -> Any:
         monitor = _make_monitor(progress)

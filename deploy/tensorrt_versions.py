@@ -1,4 +1,4 @@
-"""TensorRT 8.6, 10 and 11: which of them is here, and everything in which building differs between them.
+"""TensorRT 8.6, 10 (from 10.1) and 11: which of them is here, and everything in which building differs between them.
 
 ==================  ============================  ================================  ==============================
 \\                   8.6                           10                                11
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
     from deploy.build_progress import BuildProgress
 
-OLDEST_8 = (8, 6)
+# Of each major version the first that has every call made here: 10.0 cannot tell an engine's memory as later ones do.
+OLDEST = {8: (8, 6), 10: (10, 1), 11: (11, 0)}
+SUPPORTED = "8.6, 10.1 or a later 10, or 11"
 # Name, version and namespace of the plugin, as in `deploy.surgery`, which needs packages that running does not.
 PLUGIN = ("GroupNormSiLU", "1", "canny2image")
 
@@ -83,8 +85,8 @@ def find_version() -> TensorRTVersion:
         import tensorrt
     except ImportError as error:
         raise TensorRTError(
-            f"Python's package tensorrt cannot be imported ({error}); install TensorRT 8.6, 10 or 11 with its Python"
-            " package"
+            f"Python's package tensorrt cannot be imported ({error}); install TensorRT {SUPPORTED} with"
+            " its Python package"
         ) from error
     except OSError as error:  # of a library that the package loads
         raise TensorRTError(
@@ -92,15 +94,15 @@ def find_version() -> TensorRTVersion:
         ) from error
     version = str(tensorrt.__version__)
     major, minor = (int(part) for part in version.split(".")[:2])
-    if major == 8 and (major, minor) >= OLDEST_8:
+    if (major, minor) < OLDEST.get(major, (major + 1, 0)):
+        raise TensorRTError(f"TensorRT {version} is not supported; install {SUPPORTED}")
+    if major == 8:
         from deploy.tensorrt_8 import TensorRT8
 
         return TensorRT8(version)
-    if major in (10, 11):
-        from deploy.tensorrt_10 import TensorRT10, TensorRT11
+    from deploy.tensorrt_10 import TensorRT10, TensorRT11
 
-        return TensorRT10(version) if major == 10 else TensorRT11(version)
-    raise TensorRTError(f"TensorRT {version} is not supported; install 8.6, 10 or 11")
+    return TensorRT10(version) if major == 10 else TensorRT11(version)
 
 
 def make_logger() -> Any:

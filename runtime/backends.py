@@ -179,7 +179,7 @@ def _first_on_cuda(
     wanted: Optional[Wanted],
     report: Report,
 ) -> Tuple[Backend, str]:
-    """TensorRT where its plans are there, else PyTorch."""
+    """TensorRT where its plans are there and load, else PyTorch."""
     from deploy.tensorrt_versions import TensorRTError
     from runtime.tensorrt_backend import TensorRTBackend
 
@@ -187,7 +187,7 @@ def _first_on_cuda(
         backend = TensorRTBackend(weights, folder, device)
         if wanted is None:
             raise TensorRTError("it was not asked for")
-        backend.check(wanted(backend.precisions[0]))
+        backend.load(wanted(backend.precisions[0]))
     except (TensorRTError, ArtefactError) as error:
         return TorchBackend(weights, load, device, folder, report), f"first that can run; tensorrt: {error}"
     return backend, "its engines are built, the first choice on a CUDA device"

@@ -92,11 +92,12 @@ class Reference:
     def _run(self) -> Dict[str, Recorder]:
         from cldm.checkpoint import load_model
         from cldm.request import Request
+        from cldm.tokenizer import find_tokenizer
         from runtime.backends import OnnxRuntimeBackend
         from runtime.pipeline import About, Pipeline
 
         picture = _picture(self.fp32)
-        tokenizer = self._tokenizer()
+        tokenizer = find_tokenizer(self.build.config, self.weights, self.report)
         config = self.fp32.config
         backend = OnnxRuntimeBackend(
             self.weights, lambda: load_model(config, self.weights), self.folder, True, self.report
@@ -113,20 +114,6 @@ class Reference:
             )
             pipeline.generate(picture, request)
         return recorders
-
-    def _tokenizer(self) -> Any:
-        """The model's tokenizer. To random weights all words are alike: there the tiny model's vocabulary will do."""
-        from cldm.config import load_config
-        from cldm.tokenizer import Tokenizer, TokenizerNotFound
-
-        config = self.build.config
-        try:
-            return Tokenizer(config)
-        except TokenizerNotFound:
-            if self.weights.seed is None:
-                raise
-            tiny = load_config("tiny")
-            return Tokenizer(dataclasses.replace(config, folder=tiny.folder, tokenizer=tiny.tokenizer))
 
 
 def _picture(build: Build) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Dict, Mapping, Optional
+from typing import Dict, Mapping, Optional, Tuple
 
 from cldm.weights import Weights
 from deploy.manifest import ArtefactError
@@ -46,6 +46,7 @@ class TensorRTBackend:
         self._tools = _find_tools(folder, device)
         self._cuda = _cuda_runtime()
         self._runtime: Optional[TensorRTRuntime] = None
+        self._loaded: Optional[Tuple[Build, Dict[str, TensorRTSession]]] = None
 
     def check(self, build: Build) -> None:
         """Look at every plan of a build; nothing is deserialised.
@@ -62,9 +63,28 @@ class TensorRTBackend:
             file = plan_path(target, spec)
             check_plan(file, build, spec, self._weights, self._tools.machine, self._folder / ".hashes.json")
 
-    def sessions(self, build: Build) -> Mapping[str, Session]:
-        """As `Backend.sessions`; raises what `check`, `TensorRTRuntime` and `TensorRTSession` raise."""
+    def load(self, build: Build) -> None:
+        """Make the sessions of a build ahead, which the next `sessions` gives; after an error all is freed.
+
+        Raises what `check`, `TensorRTRuntime` and `TensorRTSession` raise.
+        """
         self.check(build)
+        self._drop_loaded()
+        try:
+            self._loaded = build, self._make_sessions(build)
+        except BaseException:
+            self.close()
+            raise
+
+    def sessions(self, build: Build) -> Mapping[str, Session]:
+        """As `Backend.sessions`; raises what `load` raises."""
+        if self._loaded is not None and self._loaded[0] == build:
+            (_, loaded), self._loaded = self._loaded, None
+            return loaded
+        self.check(build)
+        return self._make_sessions(build)
+
+    def _make_sessions(self, build: Build) -> Dict[str, TensorRTSession]:
         if self._runtime is None:
             plugin = self._tools.plugin
             self._runtime = TensorRTRuntime(self.device, plugin=None if plugin is None else plugin.file)
@@ -80,7 +100,13 @@ class TensorRTBackend:
     def graphs(self) -> Optional[GraphCapture]:
         return CudaRuntimeGraphs(self._cuda, lambda: current_stream(self.device))
 
+    def _drop_loaded(self) -> None:
+        loaded, self._loaded = self._loaded, None
+        for session in loaded[1].values() if loaded is not None else ():
+            session.close()
+
     def close(self) -> None:
+        self._drop_loaded()
         runtime, self._runtime = self._runtime, None
         if runtime is not None:
             runtime.close()

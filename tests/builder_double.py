@@ -7,7 +7,12 @@ from typing import Any, Dict, List, Optional
 
 import onnx
 
-from deploy.plugin_library import PluginLibrary
+from cldm.weights import Weights
+from deploy.engine_options import EngineOptions
+from deploy.manifest import write_manifest
+from deploy.plan_manifest import Machine, plan_fields, plan_path
+from deploy.plugin_library import PluginLibrary, library_path, plugin_digest
+from deploy.spec import Build, graph_specs
 from deploy.tensorrt_versions import find_version
 from deploy.toolchain import Gpu, Toolchain
 from tests.tensorrt_double import Call, TensorRTDouble
@@ -110,9 +115,6 @@ class BuilderDouble:
 
 def make_library(folder: Path, major: int, **changed: Any) -> Path:
     """A file with the manifest that plugins/build.sh gives a library; `changed` are fields that differ."""
-    from deploy.manifest import write_manifest
-    from deploy.plugin_library import library_path, plugin_digest
-
     file = library_path(folder, major)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(b"a library")
@@ -120,3 +122,18 @@ def make_library(folder: Path, major: int, **changed: Any) -> Path:
     fields.update({"architectures": ["80", "90"], "ptx": "90", **changed})
     write_manifest(file, fields, [file], None)
     return file
+
+
+def install_plans(folder: Path, build: Build, weights: Weights, machine: Machine) -> Path:
+    """Plans with their manifests, as build_engines.py leaves them, in the build's own folder.
+
+    The content of each is the name of its graph.
+    """
+    target = folder / build.folder_name
+    target.mkdir(parents=True, exist_ok=True)
+    options = EngineOptions(groupnorm="native" if machine.plugin is None else "plugin")
+    for name, spec in graph_specs(build).items():
+        file = plan_path(target, spec)
+        file.write_text(name, encoding="ascii")
+        write_manifest(file, plan_fields(build, spec, weights, machine, options, "onnx"), [file], None)
+    return target

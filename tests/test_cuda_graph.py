@@ -6,7 +6,7 @@ import enum
 import importlib
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 import pytest
@@ -30,17 +30,10 @@ from runtime.torch_session import BoundModule, TorchSession
 from tests.small_model import small_config
 from tests.tape import Op, TapeGraphs
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZE = 64
 REQUEST = Request("a bird", "best quality", "lowres", image_resolution=SIZE, ddim_steps=4, seed=3)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The networks are so small that threads cost more than they bring, and far more on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

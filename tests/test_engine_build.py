@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, List, Tuple
 
 import numpy as np
@@ -21,16 +22,19 @@ from cldm.weights import find_weights
 from deploy import engine_build, engine_builds, plugin_library, surgery, tensorrt_versions, toolchain
 from deploy.build_progress import BuildProgress, heartbeat
 from deploy.engine_build import BuildError, PlanJob, build_plan, existing_plan, timing_cache_path
-from deploy.engine_options import EngineOptions
+from deploy.engine_options import HARDWARE_COMPATIBILITY, EngineOptions
 from deploy.manifest import ArtefactError, manifest_path, read_manifest
 from deploy.operators import OperatorError
 from deploy.plan_manifest import engine_words
 from deploy.plugin_library import PluginError, ensure_plugin, find_plugin, library_path
 from deploy.spec import graph_specs
+from deploy.tensorrt_10 import TensorRT10
 from deploy.tensorrt_versions import TensorRTError, find_version
 from deploy.toolchain import find_toolchain
 from tests import micro_model, tensorrt_bindings
 from tests.builder_double import FREE_BYTES, GPU, PLAN, BuilderDouble, make_library
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).resolve().parent.parent
 MAJORS = tensorrt_bindings.MAJORS
@@ -582,11 +586,26 @@ def test_a_graph_that_the_parser_does_not_take_is_refused_before_building(builde
     assert not builder.calls("Builder")
 
 
-@pytest.mark.parametrize("version", ["7.2.3.4", "8.5.3.1", "9.3.0", "12.0.1"])
+@pytest.mark.parametrize("version", ["7.2.3.4", "8.5.3.1", "9.3.0", "10.0.1", "12.0.1"])
 def test_an_unknown_version_is_refused(builder, monkeypatch, version):
     monkeypatch.setattr(builder.double.module, "__version__", version)
-    with pytest.raises(TensorRTError, match=f"TensorRT {version} is not supported; install 8.6, 10 or 11"):
+    supported = "8.6, 10.1 or a later 10, or 11"
+    with pytest.raises(TensorRTError, match=f"TensorRT {version} is not supported; install {supported}"):
         find_version()
+
+
+@pytest.mark.parametrize("version", ["8.6.0", "10.1.0", "11.0.0"])
+def test_the_oldest_versions_are_taken(builder, monkeypatch, version):
+    monkeypatch.setattr(builder.double.module, "__version__", version)
+    assert (find_version().version, find_version().major) == (version, int(version.split(".")[0]))
+
+
+def test_a_hardware_level_that_came_with_a_later_version_of_10(monkeypatch):
+    """Looking for another level must not trip over it."""
+    levels = SimpleNamespace(NONE="none", AMPERE_PLUS="ampere plus")  # as 10.3 has them
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(HardwareCompatibilityLevel=levels))
+    found = [TensorRT10("10.3.0").hardware_level(name) for name in HARDWARE_COMPATIBILITY]
+    assert found == ["none", "ampere plus", None]
 
 
 def test_tensorrt_that_is_missing_or_does_not_load(monkeypatch):

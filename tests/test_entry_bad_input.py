@@ -25,6 +25,8 @@ from runtime.backends import BackendError, choose_backend
 from runtime.pipeline import BrokenOutput
 from tests.micro_model import SIZE, micro_text, shared_build, shared_config, state_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ARGUMENTS: Dict[str, Any] = {
     "prompt": "a bird",
     "a_prompt": "best quality",
@@ -112,7 +114,11 @@ def test_before_initialize_and_after_close(config: ModelConfig, tmp_path: Path) 
 BAD_OPTIONS = {
     "model": ({"model": "sd99"}, FileNotFoundError, "no model config .*sd99.*models here: .*tiny"),
     "config": ({"model": __file__ + ".yaml"}, FileNotFoundError, "no model config"),
-    "backend": ({"backend": "openvino"}, BackendError, "unknown backend 'openvino'; there are torch and onnxruntime"),
+    "backend": (
+        {"backend": "openvino"},
+        BackendError,
+        "unknown backend 'openvino'; there are tensorrt, torch and onnxruntime",
+    ),
     "precision": ({"precision": "int4"}, BackendError, "torch on cpu runs fp32, fp16, bf16, not 'int4'"),
     "precision of a backend": (
         {"precision": "bf16", "backend": "onnxruntime"},
@@ -191,7 +197,8 @@ def test_what_is_left(config: ModelConfig, tmp_path: Path, monkeypatch: pytest.M
     backend, reason = choose_backend(None, None, weights, lambda: None, tmp_path)
     assert (backend.name, backend.device) == ("torch", "cpu")
     assert reason == (
-        "all that is left; torch on CUDA: no CUDA device; onnxruntime: the package onnxruntime is not installed"
+        "all that is left; tensorrt and torch on CUDA: no CUDA device; onnxruntime: the package onnxruntime is not"
+        " installed"
     )
     with pytest.raises(BackendError, match="onnxruntime cannot run here: the package onnxruntime is not installed"):
         choose_backend("onnxruntime", None, weights, lambda: None, tmp_path)

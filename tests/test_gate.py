@@ -24,6 +24,8 @@ from runtime.engine_check import EngineRun, Reference, check_plan_runs
 from tests import micro_model, tensorrt_bindings
 from tests.builder_double import FREE_BYTES, GPU, BuilderDouble, make_library
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FP16 = TOLERANCES["fp16"]
 
 

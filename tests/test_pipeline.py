@@ -22,6 +22,8 @@ from ldm.plans import exact_plan, linear_plan, subset_plan
 from ldm.schedule import ScheduleConfig
 from tests.small_model import small_config
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ARGUMENTS: Dict[str, Any] = {
     "prompt": "a bird",
     "a_prompt": "best quality, extremely detailed",

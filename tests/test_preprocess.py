@@ -21,7 +21,7 @@ import build_engines
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE_PACKAGES = ["torch", "onnx", "numpy", "cv2", "yaml", "transformers", "polygraphy", "tqdm", "onnxruntime"]
-DEV_PACKAGES = ["pytest", "pytest_timeout", "ruff", "diffusers", "accelerate", "skimage", "psutil"]
+DEV_PACKAGES = ["pytest", "pytest_timeout", "ruff", "diffusers", "accelerate", "skimage", "psutil", "mypy"]
 TOOLS = [
     "bash",
     "basename",

@@ -21,6 +21,8 @@ from runtime.torch_session import TorchSession
 from runtime.workspace import Workspace
 from tests.small_model import small_config
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GRAPHS = ("text", "hint", "time", "step", "decode")
 BUILD = Build(small_config(), 64, 96)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,10 +24,9 @@ from cldm.model import ControlLDM
 from cldm.request import Request
 from cldm.tokenizer import Tokenizer
 from cldm.weights import Weights, find_weights
-from deploy.engine_options import EngineOptions
 from deploy.graphs import build_graph
-from deploy.manifest import ArtefactError, write_manifest
-from deploy.plan_manifest import Machine, plan_fields, plan_path
+from deploy.manifest import ArtefactError
+from deploy.plan_manifest import Machine, plan_path
 from deploy.plugin_library import PluginLibrary
 from deploy.spec import STEPS, Build, GraphSpec, graph_specs
 from deploy.tensorrt_versions import TensorRTError
@@ -40,9 +40,12 @@ from runtime.tensorrt_session import TensorRTRuntime, TensorRTSession
 from runtime.torch_session import TorchSession
 from runtime.workspace import aligned_rows
 from tests import tensorrt_bindings
+from tests.builder_double import install_plans
 from tests.small_model import small_config
 from tests.tape import TapeGraphs
 from tests.tensorrt_double import Call, TensorRTDouble
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZE = 64
 BUILD = Build(small_config(), SIZE, SIZE)
@@ -53,15 +56,6 @@ SOURCE = "0123456789abcdef"
 # Bytes of activation memory; the largest is not the first.
 ACTIVATIONS = {"text": 1000, "hint": 300, "time": 0, "step": 5000, "decode": 4000}
 TYPES = {"float32": "FLOAT", "float16": "HALF", "int32": "INT32", "uint8": "UINT8"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The networks are so small that threads cost more than they bring, and far more on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -505,6 +499,12 @@ class Driver:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with a GPU, as far as choosing a backend goes; sessions run on the CPU."""
+
+    def runtime(device: str, **options: Any) -> TensorRTRuntime:
+        assert device == "cuda"
+        return TensorRTRuntime("cpu", **options)
+
+    monkeypatch.setattr(tensorrt_backend, "TensorRTRuntime", runtime)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(backends, "cuda_problem", lambda: None)
@@ -514,14 +514,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def install(folder: Path, weights: Weights, version: str, gpu: Gpu = GPU, plugin: Optional[str] = None) -> Path:
-    """Plans with their manifests, as build_engines.py leaves them."""
-    target = write_plans(folder / BUILD.folder_name)
-    machine = Machine(version, gpu.name, gpu.compute_capability, plugin)
-    options = EngineOptions(groupnorm="native" if plugin is None else "plugin")
-    for spec in SPECS.values():
-        file = plan_path(target, spec)
-        write_manifest(file, plan_fields(BUILD, spec, weights, machine, options, "onnx"), [file], None)
-    return target
+    return install_plans(folder, BUILD, weights, Machine(version, gpu.name, gpu.compute_capability, plugin))
 
 
 def choose(folder: Path, weights: Weights, name: Optional[str] = None, build: Build = BUILD) -> Tuple[Any, str]:
@@ -537,12 +530,12 @@ def test_tensorrt_is_preferred_where_its_engines_are(
     assert "engines are built" in reason
     assert (backend.name, backend.device, backend.precisions) == ("tensorrt", "cuda", ("fp16", "fp32"))
     assert backend.graphs() is not None
-    assert not engines.double.calls_of("Runtime.deserialize_cuda_engine"), "deserialised before it was chosen"
-    backend.device = "cpu"
     sessions = backend.sessions(BUILD)
     assert list(sessions) == list(SPECS)
+    assert len(engines.double.calls_of("Runtime.deserialize_cuda_engine")) == 5, "loaded again after the choice"
     sessions["hint"].bind(buffers_of("hint")).enqueue()
     other = backend.sessions(BUILD)
+    assert len(engines.double.calls_of("Runtime.deserialize_cuda_engine")) == 10, "they are a pipeline's own"
     assert len(engines.double.calls_of("Runtime")) == 1
     for session in (*sessions.values(), *other.values()):
         session.close()
@@ -618,15 +611,63 @@ def test_plans_that_cannot_run_here(
     assert not engines.double.calls_of("Runtime.deserialize_cuda_engine")
 
 
-def test_a_session_that_fails_closes_those_before_it(
-    engines: Engines, gpu: None, weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def closed(monkeypatch: pytest.MonkeyPatch) -> List[str]:
+    """Names of the sessions that are closed, as they are."""
+    names: List[str] = []
+    close = TensorRTSession.close
+    monkeypatch.setattr(TensorRTSession, "close", lambda self: (names.append(self.spec.name), close(self)))
+    return names
+
+
+@pytest.mark.parametrize("what", ["plan", "memory"])
+def test_a_plan_that_does_not_load_is_a_reason_for_torch(
+    what: str,
+    engines: Engines,
+    gpu: None,
+    weights: Weights,
+    tmp_path: Path,
+    closed: List[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its manifest fits, so that only loading it shows it; what was loaded is freed, as torch needs the room."""
+    freed = []
+    close = TensorRTRuntime.close
+    monkeypatch.setattr(TensorRTRuntime, "close", lambda self: (freed.append(self), close(self)))
+    install(tmp_path, weights, engines.double.version)
+    del engines.specs["step"]
+    message = "does not take .*control_unet.plan.*magicTag.*build it anew with --force"
+    if what == "memory":
+        engines.fail("Runtime.deserialize_cuda_engine", None, "Error Code 2: OutOfMemory (Requested size was 9.)")
+        message = "too little memory for deserialising .*clip.plan.*end other programs"
+    backend, reason = choose(tmp_path, weights)
+    assert (backend.name, backend.device) == ("torch", "cuda")
+    assert re.search(f"^first that can run; tensorrt: .*{message}", reason), reason
+    assert len(freed) == 1
+    assert closed == ([] if what == "memory" else ["time", "hint", "text"])
+    with pytest.raises((ArtefactError, TensorRTError), match=message):  # no reason where it was asked for
+        choose(tmp_path, weights, "tensorrt")[0].sessions(BUILD)
+
+
+def test_loaded_sessions_that_nobody_took_are_closed(
+    engines: Engines, gpu: None, weights: Weights, tmp_path: Path, closed: List[str]
 ) -> None:
     install(tmp_path, weights, engines.double.version)
     backend, _ = choose(tmp_path, weights)
-    backend.device = "cpu"
-    closed = []
-    close = TensorRTSession.close
-    monkeypatch.setattr(TensorRTSession, "close", lambda self: (closed.append(self.spec.name), close(self)))
+    with pytest.raises(ArtefactError, match="was not made"):
+        backend.sessions(Build(BUILD.config, SIZE, 2 * SIZE))
+    assert closed == []
+    backend.load(BUILD)
+    assert closed == list(SPECS)
+    backend.close()
+    assert closed == 2 * list(SPECS)
+
+
+def test_a_session_that_fails_closes_those_before_it(
+    engines: Engines, gpu: None, weights: Weights, tmp_path: Path, closed: List[str]
+) -> None:
+    install(tmp_path, weights, engines.double.version)
+    backend, _ = choose(tmp_path, weights, "tensorrt")
     del engines.specs["step"]
     with pytest.raises(ArtefactError, match="does not take .*control_unet.plan"):
         backend.sessions(BUILD)

@@ -13,8 +13,7 @@ from typing import Dict, Iterator, List, Set, Tuple
 
 import pytest
 
-from tests import tensorrt_bindings
-from tools import make_tensorrt_stubs
+from tests import tensorrt_bindings, tensorrt_stubs
 
 ROOT = Path(__file__).resolve().parent.parent
 # The majors that a module or a class is for, by the number at the end of its name; without one it is for all.
@@ -85,7 +84,7 @@ def use() -> None:
 
 @needs_mypy
 def test_every_call_is_one_of_that_version(major, tmp_path):
-    stubs = make_tensorrt_stubs.write_stubs(major, tmp_path)
+    stubs = tensorrt_stubs.write_stubs(major, tmp_path)
     planted = tmp_path / "planted.py"
     planted.write_text(PLANTED, encoding="utf-8")
     callers = _callers()
@@ -108,7 +107,7 @@ def test_a_module_s_number_says_whom_it_is_for(name):
 
 def test_the_stubs_are_python_and_hold_what_the_bindings_have(major):
     description = tensorrt_bindings.load(major).describe()
-    tree = ast.parse(make_tensorrt_stubs.StubWriter(description).text())
+    tree = ast.parse(tensorrt_stubs.StubWriter(description).text())
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     assert set(classes) == {name for name in description["classes"] if "." not in name}
     members = set(_names(classes["BuilderFlag"]))
@@ -149,5 +148,5 @@ def _names(node: ast.ClassDef) -> Iterator[str]:
 )
 def test_parameters_are_written_as_python_has_them(parameters, text):
     fields = ("name", "type", "kind", "default")
-    writer = make_tensorrt_stubs.StubWriter({"classes": {}, "functions": {}, "constants": {}})
+    writer = tensorrt_stubs.StubWriter({"classes": {}, "functions": {}, "constants": {}})
     assert writer._parameters([dict(zip(fields, one)) for one in parameters], True).startswith(text)

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from cldm.config import MODELS_DIR, ModelConfig, load_config
-from cldm.tokenizer import Tokenizer, TokenizerNotFound
+from cldm.tokenizer import Tokenizer, TokenizerNotFound, find_tokenizer
+from cldm.weights import Weights
 from tools.build_vocabulary import CONTEST_PROMPTS, SMALLEST, built_in_captions, main, parse_arguments, train
 from tools.tiny.palette import WORDS
 from tools.tiny.plan import KIND_WEIGHTS
@@ -376,3 +377,17 @@ def test_tool_refuses_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["--captions", str(missing), "--output", str(tmp_path)]) == 1
     assert f"cannot read the captions {missing}" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_to_random_weights_the_tiny_model_s_vocabulary_will_do(
+    tiny_config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(tiny_config, name="other", folder=str(tmp_path), tokenizer="none", tokenizer_hub=None)
+    told: List[str] = []
+    found = find_tokenizer(config, Weights(None, 7, ""), told.append)
+    assert np.array_equal(found(["a red bird"])[0], tokenizer(["a red bird"])[0])
+    assert told == ["other's vocabulary is not here; for random weights the tiny model's stands in"]
+    with pytest.raises(TokenizerNotFound, match="other needs its CLIP vocabulary"):
+        find_tokenizer(config, Weights(tmp_path / "other.pth", None, ""), told.append)
+    find_tokenizer(tiny_config, Weights(None, 7, ""), told.append)
+    assert len(told) == 1

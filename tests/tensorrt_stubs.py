@@ -1,8 +1,8 @@
-#!/usr/bin/env python3
-"""Write type stubs of TensorRT 8.6.1, 10 and 11 under build/tensorrt_stubs, for mypy on a machine without TensorRT.
+"""Type stubs of TensorRT 8.6.1, 10 and 11, for mypy on a machine without TensorRT.
 
 They are made from each version's own Python bindings: names, signatures, enums and properties, and whether those can be
-assigned to. `MYPYPATH=build/tensorrt_stubs/10 mypy deploy/tensorrt_10.py` then checks against that version.
+assigned to. `python3 -m tests.tensorrt_stubs` writes them under build/tensorrt_stubs, and
+`MYPYPATH=build/tensorrt_stubs/10 mypy deploy/tensorrt_10.py` then checks against that version.
 """
 
 from __future__ import annotations
@@ -13,14 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+from cldm.files import atomic_path
+from tests import tensorrt_bindings
 
-from cldm.files import atomic_path  # noqa: E402
-from tests import tensorrt_bindings  # noqa: E402
-
-TARGET = ROOT / "build" / "tensorrt_stubs"
+TARGET = Path(__file__).resolve().parent.parent / "build" / "tensorrt_stubs"
 # The module has members called bool and float32 and the like, so built-in types go by their full names.
 HEADER = """# mypy: ignore-errors
 import builtins

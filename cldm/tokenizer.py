@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any, Callable, List, Optional, Set, Tuple
+from typing import TYPE_CHECKING, Any, Callable, List, Optional, Set, Tuple
 
 import numpy as np
 
 from cldm.config import ModelConfig, load_config
-from cldm.weights import Weights
+
+if TYPE_CHECKING:
+    from cldm.weights import Weights
 
 log = logging.getLogger(__name__)
 

@@ -63,6 +63,7 @@ def parse_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
     add("--force", action="store_true", help="build again what is there already")
     add("--no-check", action="store_true", help="do not compare the engines with ONNX Runtime")
     add("--bisect", choices=GRAPHS_TO_BISECT, help="find the first layer of a graph's engine that diverges")
+    add("--device", type=int, default=0, metavar="N", help="CUDA's index of the GPU to build for (default: 0)")
     add("--in-process", action="store_true", help="build here, not in a process a graph")
     add("--record-only", action="store_true", help="only run the FP32 graphs and record what the check compares with")
     return parser.parse_args(argv)
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> List[BuiltPlan]:
     from deploy.engine_build import PlanJob
     from deploy.engine_builds import build_all
     from deploy.spec import Build, graph_specs
-    from deploy.toolchain import find_toolchain
+    from deploy.toolchain import find_toolchain, select_gpu
     from runtime.choose import choose_model
     from runtime.engine_check import Reference, bisect
 
@@ -90,6 +91,8 @@ def run(args: argparse.Namespace) -> List[BuiltPlan]:
     if args.record_only:
         reference.make()
         return []
+    if args.device:  # CUDA's own choice is 0
+        select_gpu(args.device)
     tools = find_toolchain(args.build_dir, args.groupnorm, say)
     options = options_of(args, "native" if tools.plugin is None else "plugin")
     if not args.in_process:
@@ -98,7 +101,7 @@ def run(args: argparse.Namespace) -> List[BuiltPlan]:
     wanted = [args.bisect] if args.bisect else args.graphs
     jobs = [PlanJob(build, specs[name], weights, options, args.build_dir) for name in wanted]
     if args.bisect:
-        say(bisect(jobs[0], tools, reference))
+        say(bisect(jobs[0], tools, reference, f"cuda:{tools.gpu.index}"))
         return []
     if args.in_process:
         return [build_here(job, tools, None if args.no_check else reference) for job in jobs]
@@ -130,9 +133,16 @@ def build_here(job: PlanJob, tools: Toolchain, reference: Optional[Reference]) -
     compared_with.make()
 
     def check(plan: Path) -> Any:
-        return check_plan_runs(plan, job, tools, compared_with)
+        return check_plan_runs(plan, job, tools, compared_with, f"cuda:{tools.gpu.index}")
 
     return build_plan(job, tools, check, say)
+
+
+def needed_packages(args: argparse.Namespace) -> List[str]:
+    """What the options need; ONNX Runtime only where something is compared with it."""
+    packages = ["torch", "onnx", "onnx_graphsurgeon", "polygraphy", "numpy", "yaml", "cv2"]
+    compares = not args.no_check or args.bisect or args.record_only
+    return [*packages, "onnxruntime"] if compares else packages
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -140,7 +150,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     args = parse_arguments(argv)
     from environment import ensure_environment
 
-    ensure_environment(["torch", "onnx", "onnxruntime", "polygraphy", "numpy", "yaml", "cv2"])
+    ensure_environment(needed_packages(args))
     start_time = time.perf_counter()
     try:
         rows = run(args)

@@ -11,8 +11,9 @@ LOCK="$ROOT/build/.preprocess.lock"
 # There from before the first change to .venv until the last: what a kill leaves behind is never taken for whole.
 INCOMPLETE="$VENV/.incomplete"
 
-# Import names, to tell whether an interpreter has what the entry scripts need; "a or b" where either is enough.
-PACKAGES=(torch onnx polygraphy numpy cv2 yaml transformers tqdm "onnxruntime or tensorrt")
+# Import names, to tell whether an interpreter has what the entry scripts need. TensorRT is not among them: it is of
+# use with an NVIDIA GPU only, and which one fits is for the user to say.
+PACKAGES=(torch onnx onnx_graphsurgeon polygraphy numpy cv2 yaml transformers tqdm onnxruntime)
 DEV_PACKAGES=(pytest pytest_timeout ruff diffusers accelerate skimage psutil mypy)
 # The versions of Python that have wheels of every package that requirements.txt pins.
 OLDEST_MINOR=11
@@ -248,10 +249,31 @@ stage_export() {
     "$python" "$ROOT/export_onnx.py" "${build_args[@]}"
 }
 
+has_tensorrt() {
+    "$1" -c "import importlib.util as u, sys; sys.exit(u.find_spec('tensorrt') is None)"
+}
+
+# Where TensorRT is missing: in which interpreter, whether the user's own has it, and what installs it.
+tensorrt_advice() {
+    local text="$python has no tensorrt package"
+    if [ "$python" != "$base_python" ] && has_tensorrt "$base_python"; then
+        text+=" ($base_python has one, but lacks other packages, so that it is not used)"
+    fi
+    echo "$text; with an NVIDIA GPU, install it: $("$python" -B - "$ROOT" "$python" <<'END'
+import sys
+
+sys.path.insert(0, sys.argv[1])
+from environment import OTHER_TENSORRT, tensorrt_command
+
+print(f"{tensorrt_command(sys.argv[2])} ({OTHER_TENSORRT})")
+END
+    )"
+}
+
 # Prints why no engine can be built here; nothing where one can.
 engine_obstacle() {
-    if ! "$python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('tensorrt') is None)"; then
-        echo "$python has no tensorrt package"
+    if ! has_tensorrt "$python"; then
+        tensorrt_advice
     elif ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
         echo "torch sees no NVIDIA GPU"
     fi

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import re
 import signal
+import socket
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -316,6 +317,7 @@ def _configure(
             " --hardware-compatibility"
         )
     config.hardware_compatibility_level = level
+    version.configure(config)
     if job.spec.name in options.tf32:
         config.set_flag(tensorrt.BuilderFlag.TF32)
     else:
@@ -375,9 +377,36 @@ def _interruptible(progress: BuildProgress, has_monitor: bool) -> Iterator[None]
         return
     before = signal.signal(signal.SIGINT, cancel if has_monitor else signal.SIG_DFL)
     try:
-        yield
+        with _told_at_once(progress) if has_monitor else contextlib.nullcontext():
+            yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def _told_at_once(progress: BuildProgress) -> Iterator[None]:
+    """Cancel `progress` at SIGINT from another thread.
+
+    Python runs a handler in the main thread and between two instructions of Python, so not before the builder's call,
+    which takes minutes, has returned. The bytes of `signal.set_wakeup_fd` are written when the signal comes.
+    """
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+
+    def watch() -> None:
+        for numbers in iter(lambda: receiver.recv(1), b""):
+            progress.cancelled = progress.cancelled or numbers[0] == signal.SIGINT
+
+    watcher = threading.Thread(target=watch, name="build interrupt", daemon=True)
+    watcher.start()
+    before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        sender.close()  # which ends the watcher, once it has read what came before
+        watcher.join()
+        receiver.close()
 
 
 # -- the timing cache -------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from deploy.plan_manifest import Machine, engine_words
 from deploy.toolchain import Toolchain
 
 Report = Callable[[str], None]
+# From Ctrl-C until a process that has not ended by itself is killed: a builder asks now and then whether to go on.
+GRACE_SECONDS = 30
 
 
 def build_all(jobs: Sequence[PlanJob], tools: Toolchain, force: bool, check: bool, report: Report) -> List[BuiltPlan]:
@@ -32,10 +35,10 @@ def build_all(jobs: Sequence[PlanJob], tools: Toolchain, force: bool, check: boo
         require_operators(job.onnx, tools.version.major, tools.plugin is not None)
     words = [] if check else ["--no-check"]
     if stale and check:
-        _run_command(stale[0], ["--record-only"])
+        _run_command(stale[0], tools, ["--record-only"])
     for number, job in enumerate(stale, 1):
         report(f"[{number}/{len(stale)}] {job.spec.name}: building {job.plan}")
-        _run_command(job, ["--in-process", "--graphs", job.spec.name, *words])
+        _run_command(job, tools, ["--in-process", "--graphs", job.spec.name, *words])
     built = {job.spec.name for job in stale}
     return [_row(job, tools.machine, job.spec.name in built) for job in jobs]
 
@@ -56,7 +59,7 @@ def _row(job: PlanJob, machine: Machine, built: bool) -> BuiltPlan:
     return dataclasses.replace(row, seconds=seconds_before(job) or 0.0) if built else row
 
 
-def _run_command(job: PlanJob, words: List[str]) -> None:
+def _run_command(job: PlanJob, tools: Toolchain, words: List[str]) -> None:
     """Run build_engines.py in another process, for the same build, and wait for it.
 
     Raises
@@ -65,11 +68,13 @@ def _run_command(job: PlanJob, words: List[str]) -> None:
         It failed; its own message stands above.
     """
     command = [sys.executable, str(ROOT / "build_engines.py")]
-    command += [*engine_words(job.build, job.weights, job.folder, job.options), *words]
+    command += [*engine_words(job.build, job.weights, job.folder, job.options, tools.gpu.index), *words]
     process = subprocess.Popen(command)
     try:
         status = process.wait()
-    except BaseException:  # Ctrl-C, which TensorRT 8.6 does not see by itself
+    except BaseException:  # Ctrl-C, which a terminal sends to that process, too; a second one ends the waiting
+        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            process.wait(timeout=GRACE_SECONDS)
         process.kill()
         process.wait()
         raise

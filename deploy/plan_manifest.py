@@ -34,12 +34,18 @@ class Machine:
         Such as "9.0".
     plugin : str or None
         `source` in the manifest of the plugin library that is at hand; None where there is none.
+    plugin_problem : str or None
+        Why there is none.
+    device : int
+        Which CUDA device the GPU is.
     """
 
     tensorrt: str
     gpu: str
     compute_capability: str
     plugin: Optional[str] = None
+    plugin_problem: Optional[str] = None
+    device: int = 0
 
 
 def plan_path(folder: Path, spec: GraphSpec) -> Path:
@@ -103,7 +109,7 @@ def check_plan(
             _check_plugin(file, found["plugin"], machine)
         return check_artefact(file, wanted, cache)
     except ArtefactError as reason:
-        command = engine_command(build, weights, file.parent.parent)
+        command = engine_command(build, weights, file.parent.parent, device=machine.device)
         raise ArtefactError(f"{reason}; build it with: {command}") from reason
 
 
@@ -125,7 +131,8 @@ def _wanted_gpu(file: Path, found: Dict[str, Any], machine: Machine) -> Dict[str
 
 def _check_plugin(file: Path, wanted: Any, machine: Machine) -> None:
     if machine.plugin is None:
-        raise ArtefactError(f"{file} needs the plugin library, which is not built for TensorRT {machine.tensorrt}")
+        why = "" if machine.plugin_problem is None else f" ({machine.plugin_problem})"
+        raise ArtefactError(f"{file} needs the plugin library, which is not built for TensorRT {machine.tensorrt}{why}")
     if machine.plugin != wanted:
         raise ArtefactError(
             f"{file} was built with another plugin: its sources' hash is {wanted}, that of the library at hand"
@@ -133,13 +140,18 @@ def _check_plugin(file: Path, wanted: Any, machine: Machine) -> None:
         )
 
 
-def engine_command(build: Build, weights: Weights, folder: Path, options: Optional[EngineOptions] = None) -> str:
+def engine_command(
+    build: Build, weights: Weights, folder: Path, options: Optional[EngineOptions] = None, device: int = 0
+) -> str:
     """The command that builds the plans of a build under `folder`, to be given in the repository's own folder."""
-    words = ["python3", "build_engines.py", *engine_words(build, weights, folder, options)]
+    words = ["python3", "build_engines.py", *engine_words(build, weights, folder, options, device)]
     return " ".join(shlex.quote(word) for word in words)
 
 
-def engine_words(build: Build, weights: Weights, folder: Path, options: Optional[EngineOptions] = None) -> List[str]:
-    """The options of build_engines.py that name a build, its weights, its folder and how it is built."""
+def engine_words(
+    build: Build, weights: Weights, folder: Path, options: Optional[EngineOptions] = None, device: int = 0
+) -> List[str]:
+    """The options of build_engines.py that name a build, its weights, its folder, how and for which GPU it is built."""
     words = [*build_words(build, weights), *(options.words() if options is not None else [])]
-    return words if folder.resolve() == ROOT / "build" else [*words, "--build-dir", str(folder.resolve())]
+    words += [] if folder.resolve() == ROOT / "build" else ["--build-dir", str(folder.resolve())]
+    return [*words, "--device", str(device)] if device else words

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, List, Mapping, Optional
 
+from deploy.tensorrt_versions import TensorRTError
+
 if TYPE_CHECKING:
     import tensorrt
 
@@ -29,6 +31,19 @@ class TensorRT8:
         import tensorrt
 
         return 1 << int(tensorrt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH)
+
+    def configure(self, config: tensorrt.IBuilderConfig) -> None:
+        """Build of TensorRT's own kernels only.
+
+        8.6 was made for cuBLAS 11 or 12 and cuDNN 8. The torch in this process brings others, and which of them a
+        plan's process finds first is not for us to say.
+        """
+        import tensorrt
+
+        sources = tensorrt.TacticSource
+        kept = (sources.EDGE_MASK_CONVOLUTIONS, sources.JIT_CONVOLUTIONS)
+        if not config.set_tactic_sources(sum(1 << int(source) for source in kept)):
+            raise TensorRTError(f"TensorRT {self.version} refused to do without cuBLAS and cuDNN")
 
     def set_precision(
         self, network: tensorrt.INetworkDefinition, config: tensorrt.IBuilderConfig, types: Mapping[str, str]

@@ -17,8 +17,11 @@ the version. `tensorrt` is imported where it is used.
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, List, Mapping, Optional, Protocol
+
+from environment import OTHER_TENSORRT, tensorrt_command
 
 if TYPE_CHECKING:
     import tensorrt
@@ -58,6 +61,15 @@ class TensorRTVersion(Protocol):
     def network_flags(self) -> int:
         """What `Builder.create_network` takes."""
 
+    def configure(self, config: tensorrt.IBuilderConfig) -> None:
+        """Set what no option asks for.
+
+        Raises
+        ------
+        TensorRTError
+            TensorRT refused it.
+        """
+
     def set_precision(
         self, network: tensorrt.INetworkDefinition, config: tensorrt.IBuilderConfig, types: Mapping[str, str]
     ) -> None:
@@ -85,8 +97,8 @@ def find_version() -> TensorRTVersion:
         import tensorrt
     except ImportError as error:
         raise TensorRTError(
-            f"Python's package tensorrt cannot be imported ({error}); install TensorRT {SUPPORTED} with"
-            " its Python package"
+            f"Python's package tensorrt cannot be imported ({error}); install TensorRT {SUPPORTED}:"
+            f" {tensorrt_command()} ({OTHER_TENSORRT})"
         ) from error
     except OSError as error:  # of a library that the package loads
         raise TensorRTError(
@@ -138,11 +150,23 @@ def load_plugin(version: TensorRTVersion, logger: Any, library: Path) -> None:
     if version.find_creator(registry, *PLUGIN) is not None:
         return
     registry.load_library(str(library))  # its handle, None after a failure, tells less than the creator does
+    if version.find_creator(registry, *PLUGIN) is not None:
+        return
+    problem = _register(library)
     if version.find_creator(registry, *PLUGIN) is None:
         raise TensorRTError(
-            f"TensorRT {version.version} did not load the plugin {library}{said(logger)}; build it anew with"
+            f"TensorRT {version.version} did not load the plugin {library}{said(logger)}: {problem}; build it anew with"
             " bash plugins/build.sh --force"
         )
+
+
+def _register(library: Path) -> str:
+    """Let the library register its creator itself, under the namespace that is looked up; what came of it."""
+    try:
+        status = ctypes.CDLL(str(library)).canny2imageRegister()
+    except (OSError, AttributeError) as error:  # it does not load, or has no such function
+        return str(error)
+    return f"registering it answers {status}"
 
 
 def said(logger: Any, last: int = 3) -> str:

@@ -15,25 +15,29 @@ from deploy.tensorrt_versions import TensorRTError, TensorRTVersion, find_versio
 
 @dataclass(frozen=True)
 class Gpu:
-    """The GPU that is built for: CUDA's name of it, and its compute capability such as "9.0"."""
+    """The GPU that is built for: CUDA's name of it, its compute capability such as "9.0", and CUDA's index."""
 
     name: str
     compute_capability: str
+    index: int = 0
 
 
 @dataclass(frozen=True)
 class Toolchain:
-    """TensorRT, the GPU, and the plugin library where there is one."""
+    """TensorRT, the GPU, and the plugin library where there is one, or why there is none."""
 
     version: TensorRTVersion
     gpu: Gpu
     plugin: Optional[PluginLibrary] = None
+    plugin_problem: Optional[str] = None
 
     @property
     def machine(self) -> Machine:
         """What plans that are built here are tied to."""
         source = None if self.plugin is None else self.plugin.source
-        return Machine(self.version.version, self.gpu.name, self.gpu.compute_capability, source)
+        gpu = self.gpu
+        version = self.version.version
+        return Machine(version, gpu.name, gpu.compute_capability, source, self.plugin_problem, gpu.index)
 
     def plugin_file(self) -> Path:
         """The plugin library, for a graph that needs it.
@@ -59,8 +63,27 @@ def find_gpu() -> Gpu:
     import torch
 
     with _naming_no_gpu():
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return Gpu(properties.name, f"{properties.major}.{properties.minor}")
+        index = torch.cuda.current_device()
+        properties = torch.cuda.get_device_properties(index)
+    return Gpu(properties.name, f"{properties.major}.{properties.minor}", index)
+
+
+def select_gpu(index: int) -> None:
+    """Make a GPU the current CUDA device of this thread: the one that is built for and run on.
+
+    Raises
+    ------
+    TensorRTError
+        There is no GPU of that index.
+    """
+    import torch
+
+    count = torch.cuda.device_count()
+    if not 0 <= index < count:
+        known = f"0 to {count - 1}" if count else "none"
+        raise TensorRTError(f"there is no GPU {index}; torch sees {known}, and nvidia-smi lists those of the machine")
+    with _naming_no_gpu():
+        torch.cuda.set_device(index)
 
 
 def free_memory() -> int:

@@ -11,7 +11,7 @@ import dataclasses
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -130,19 +130,23 @@ class EngineRun:
 
     Parameters
     ----------
+    plugin : Path or None
+        The plugin library, for a plan that needs it.
     device : str
         "cuda", or "cpu" for a test double.
     """
 
-    def __init__(self, plan: Path, spec: GraphSpec, tools: Toolchain, device: str = "cuda") -> None:
+    def __init__(self, plan: Path, spec: GraphSpec, plugin: Optional[Path], device: str = "cuda") -> None:
         from runtime.stream import make_stream
         from runtime.tensorrt_session import TensorRTRuntime, TensorRTSession
 
         self._spec = spec
         self._device = device
         self._stream = make_stream(device)
-        self._runtime = TensorRTRuntime(device, plugin=None if tools.plugin is None else tools.plugin.file)
+        self._runtime = TensorRTRuntime(device)
         try:
+            if plugin is not None:
+                self._runtime.load_plugin(plugin)
             self._session = TensorRTSession(plan, spec, self._runtime)
         except BaseException:
             self._runtime.close()
@@ -181,6 +185,11 @@ class EngineRun:
         self._runtime.close()
 
 
+def _plugin_of(job: PlanJob, tools: Toolchain) -> Optional[Path]:
+    """The plugin library if the plan of a job needs it."""
+    return tools.plugin_file() if job.options.needs_plugin(job.spec.name) else None
+
+
 def check_plan_runs(plan: Path, job: PlanJob, tools: Toolchain, reference: Reference, device: str = "cuda") -> Any:
     """Compare a plan that is not installed yet with the recorded run; what its manifest is to say of that.
 
@@ -190,7 +199,7 @@ def check_plan_runs(plan: Path, job: PlanJob, tools: Toolchain, reference: Refer
         An output is not what it should be; the message has the option that looks for the layer.
     """
     recorded = reference.load(job.spec.name)
-    with contextlib.closing(EngineRun(plan, job.spec, tools, device)) as engine:
+    with contextlib.closing(EngineRun(plan, job.spec, _plugin_of(job, tools), device)) as engine:
         try:
             found = check_engine(job.spec, engine, recorded, job.build.precision)
         except GateError as error:
@@ -236,7 +245,7 @@ def _run_marked(
         progress = BuildProgress(job.spec.name, None)
         plan = Path(folder) / "marked.plan"
         plan.write_bytes(serialise(dataclasses.replace(job, spec=spec), file, tools, progress, report))
-        with contextlib.closing(EngineRun(plan, spec, tools, device)) as engine:
+        with contextlib.closing(EngineRun(plan, spec, _plugin_of(job, tools), device)) as engine:
             return engine({name: np.ascontiguousarray(inputs[name], t.dtype) for name, t in spec.inputs.items()})
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from dataclasses import dataclass, replace
-from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, TypeVar
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, TypeVar
 
 import numpy as np
 
@@ -249,7 +249,7 @@ class Pipeline:
         BrokenOutput
             NaN or a flat image; the message names the stage.
         """
-        with self._stream.entered():
+        with self._stream.entered(), self._waiting_after_errors():
             return self._generate(image, request, latents, progress, plan)
 
     def _generate(
@@ -308,7 +308,7 @@ class Pipeline:
 
         if self._graphs is None or self._graph_problem is not None:
             return
-        with self._stream.entered():
+        with self._stream.entered(), self._waiting_after_errors():
             schedule = self._schedule(plan)
             shape = self.build.latent_shape
             initial, noise = draw_noise(0, shape, len(plan.indices), float(plan.fresh_noise), self.device)
@@ -317,6 +317,17 @@ class Pipeline:
             self._stream.wait()
             if schedule.graph is None and np.isfinite(self.workspace.read(schedule.outputs[0])).all():
                 self._capture(schedule, initial, noise)
+
+    @contextlib.contextmanager
+    def _waiting_after_errors(self) -> Iterator[None]:
+        """Let an error out only once all that was enqueued is done: a pipeline of another size, which runs on another
+        stream, may be asked next, and its engines may work in the same memory."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(Exception):
+                self._stream.wait()
+            raise
 
     def _check_plan(self, request: Request, plan: Optional[SamplingPlan]) -> SamplingPlan:
         """The plan asked for, or plain DDIM."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Dict, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 from cldm.weights import Weights
 from deploy.manifest import ArtefactError
@@ -56,22 +56,28 @@ class TensorRTBackend:
         ArtefactError
             One is missing, damaged or not for this machine; the message has the command that builds it.
         """
+        self._manifests(build)
+
+    def _manifests(self, build: Build) -> List[Dict[str, Any]]:
+        """Of the plans of a build, each of which was checked."""
         if build.precision not in self.precisions:
             raise ArtefactError(f"it runs {', '.join(self.precisions)}, not {build.precision}")
         target = self._folder / build.folder_name
-        for spec in graph_specs(build).values():
-            file = plan_path(target, spec)
-            check_plan(file, build, spec, self._weights, self._tools.machine, self._folder / ".hashes.json")
+        hashes = self._folder / ".hashes.json"
+        return [
+            check_plan(plan_path(target, spec), build, spec, self._weights, self._tools.machine, hashes)
+            for spec in graph_specs(build).values()
+        ]
 
     def load(self, build: Build) -> None:
         """Make the sessions of a build ahead, which the next `sessions` gives; after an error all is freed.
 
         Raises what `check`, `TensorRTRuntime` and `TensorRTSession` raise.
         """
-        self.check(build)
+        manifests = self._manifests(build)
         self._drop_loaded()
         try:
-            self._loaded = build, self._make_sessions(build)
+            self._loaded = build, self._make_sessions(build, manifests)
         except BaseException:
             self.close()
             raise
@@ -81,19 +87,22 @@ class TensorRTBackend:
         if self._loaded is not None and self._loaded[0] == build:
             (_, loaded), self._loaded = self._loaded, None
             return loaded
-        self.check(build)
-        return self._make_sessions(build)
+        return self._make_sessions(build, self._manifests(build))
 
-    def _make_sessions(self, build: Build) -> Dict[str, TensorRTSession]:
+    def _make_sessions(self, build: Build, manifests: List[Dict[str, Any]]) -> Dict[str, TensorRTSession]:
         if self._runtime is None:
-            plugin = self._tools.plugin
-            self._runtime = TensorRTRuntime(self.device, plugin=None if plugin is None else plugin.file)
+            self._runtime = TensorRTRuntime(self.device)
+        # Only then, so that a library that does not load is in the way of no plan that does without.
+        if any(manifest.get("plugin") is not None for manifest in manifests):
+            self._runtime.load_plugin(self._tools.plugin_file())
         target = self._folder / build.folder_name
         made: Dict[str, TensorRTSession] = {}
         with contextlib.ExitStack() as on_failure:
             for name, spec in graph_specs(build).items():
                 made[name] = TensorRTSession(plan_path(target, spec), spec, self._runtime)
                 on_failure.callback(made[name].close)
+            for session in made.values():
+                session.take_memory()
             on_failure.pop_all()
         return made
 
@@ -113,16 +122,19 @@ class TensorRTBackend:
 
 
 def _find_tools(folder: Path, device: str) -> Toolchain:
-    """TensorRT, the GPU, and the plugin library if one is there; none is built."""
+    """TensorRT, the GPU, and the plugin library if one is there; none is built.
+
+    Where there is none a plan that needs it is refused, and says why.
+    """
     import torch
 
     version = find_version()
     with torch.cuda.device(device):
         gpu = find_gpu()
-    plugin = None
-    with contextlib.suppress(ArtefactError):  # a plan that needs it is refused, and says so
-        plugin = find_plugin(folder, version.major, gpu.compute_capability)
-    return Toolchain(version, gpu, plugin)
+    try:
+        return Toolchain(version, gpu, find_plugin(folder, version.major, gpu.compute_capability))
+    except ArtefactError as error:
+        return Toolchain(version, gpu, plugin_problem=str(error))
 
 
 def _cuda_runtime() -> CudaRuntime:

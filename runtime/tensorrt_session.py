@@ -41,16 +41,14 @@ class TensorRTRuntime:
         "cuda", "cuda:1", ...
     logger : tensorrt.ILogger, optional
         As `deploy.tensorrt_versions.make_logger` gives, which is the default.
-    plugin : Path, optional
-        The plugin library, for engines that need it.
 
     Raises
     ------
     TensorRTError
-        TensorRT is missing, of an unknown version, does not start, or does not take the plugin.
+        TensorRT is missing, of an unknown version, or does not start.
     """
 
-    def __init__(self, device: str, logger: Any = None, plugin: Optional[Path] = None) -> None:
+    def __init__(self, device: str, logger: Any = None) -> None:
         import tensorrt
 
         self.version = find_version()
@@ -59,8 +57,6 @@ class TensorRTRuntime:
         self.logger = make_logger() if logger is None else logger
         self._activations: Optional[_Activations] = None
         with self.on_device():
-            if plugin is not None:
-                load_plugin(self.version, self.logger, plugin)
             try:
                 runtime: Any = tensorrt.Runtime(self.logger)
             except TypeError as error:  # so the bindings say that none was made
@@ -77,6 +73,19 @@ class TensorRTRuntime:
 
         with torch.cuda.device(self.device) if self.device.startswith("cuda") else contextlib.nullcontext():
             yield
+
+    def load_plugin(self, library: Path) -> None:
+        """For engines that need it, before they are deserialised; again is no fault.
+
+        TensorRT's runtime is there by then, so that what it says of the library comes to our logger.
+
+        Raises
+        ------
+        TensorRTError
+            TensorRT does not take the library.
+        """
+        with self.on_device():
+            load_plugin(self.version, self.logger, library)
 
     def deserialise(self, plan: Path) -> tensorrt.ICudaEngine:
         """The engine of a plan file.
@@ -166,6 +175,9 @@ class _Activations:
                 raise TensorRTError(
                     f"the GPU has no {self._size / 1e9:.2f} GB left for the engines to work in: {MEMORY_ADVICE}"
                 ) from error
+            if self._device.startswith("cuda"):
+                # Torch may have given what work still waiting on this stream uses, and engines run on other streams.
+                torch.cuda.synchronize(self._device)
         return int(self._memory.data_ptr()), self._size
 
 
@@ -213,14 +225,26 @@ class TensorRTSession:
                 raise ValueError(f"{self.spec.name}: tensor {name} must begin at a multiple of {ALIGNMENT} bytes")
         return BoundTensorRT(self, dict(buffers))
 
+    def take_memory(self) -> None:
+        """Take the shared memory, which is allocated as large as the sessions of the runtime so far need it.
+
+        The first `run` does it otherwise: to be called once all sessions are made, where its lack is to show early.
+        Raises `TensorRTError` where the device has no room.
+        """
+        if self._has_memory:
+            return
+        if self._activations is None:
+            raise RuntimeError(f"the session of {self.spec.name} is closed")
+        with self._runtime.on_device():
+            self._runtime.execution.set_activations(self._context, *self._activations.address())
+        self._has_memory = True
+
     def run(self, bound: BoundTensorRT) -> None:
         """Enqueue on the buffers of a binding; raises `TensorRTError` where TensorRT refuses."""
         if self._context is None:
             raise RuntimeError(f"the session of {self.spec.name} is closed")
-        if not self._has_memory:
-            assert self._activations is not None
-            self._runtime.execution.set_activations(self._context, *self._activations.address())
-            self._has_memory = True
+        self._runtime.logger.errors.clear()  # so that an error told is of this run
+        self.take_memory()
         if self._bound is not bound:
             self._bound = None  # half set is not set
             self._set_addresses(bound)

@@ -245,6 +245,29 @@ def test_a_launch_that_fails(model: ControlLDM, tokenizer: Tokenizer, picture: n
     assert_same(found, make_pipeline(model, tokenizer).generate(picture, REQUEST))
 
 
+@pytest.mark.parametrize("during", ["generate", "prepare"])
+def test_an_error_comes_out_when_the_stream_is_done(
+    during: str, model: ControlLDM, tokenizer: Tokenizer, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pipelines of other sizes work in the same memory on other streams. A wait that fails hides no error."""
+    made, events = make_pipeline(model, tokenizer, TapeGraphs()), []
+
+    def wait() -> None:
+        events.append("waited")
+        raise CudaError("the stream is broken")
+
+    def fail(bound: BoundModule) -> None:
+        events.append("enqueued")
+        if len(events) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(made._stream, "wait", wait)
+    monkeypatch.setattr(BoundModule, "enqueue", fail)
+    with pytest.raises(KeyboardInterrupt):
+        made.generate(picture, REQUEST) if during == "generate" else made.prepare(exact_plan(SCHEDULE, 4))
+    assert events == ["enqueued", "enqueued", "enqueued", "waited"]
+
+
 def test_few_graphs_are_kept(
     model: ControlLDM, tokenizer: Tokenizer, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:

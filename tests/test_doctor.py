@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,7 @@ def test_a_machine_without_a_gpu(nothing: Path, capsys: pytest.CaptureFixture) -
     lacking |= {"weights of PD", "weights of LPIPS", "fused networks", "calibration"}
     assert {what for what, state in table.items() if state == MISSING} - of_this_python == lacking
     assert DIFFERS not in table.values()
+    assert f"fix: {shlex.quote(sys.executable)} -m pip install tensorrt-cu13\n" in out and "tensorrt-cu12" in out
     assert max(map(len, out.splitlines())) <= 160
 
 

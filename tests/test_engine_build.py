@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, List, Tuple
@@ -30,7 +33,7 @@ from deploy.plugin_library import PluginError, ensure_plugin, find_plugin, libra
 from deploy.spec import graph_specs
 from deploy.tensorrt_10 import TensorRT10
 from deploy.tensorrt_versions import TensorRTError, find_version
-from deploy.toolchain import find_toolchain
+from deploy.toolchain import find_gpu, find_toolchain
 from tests import micro_model, tensorrt_bindings
 from tests.builder_double import FREE_BYTES, GPU, PLAN, BuilderDouble, make_library
 
@@ -438,6 +441,78 @@ def test_control_c_ends_a_build_through_the_monitor(builder, make_job):
     assert not job.plan.exists() and not _scratch(job)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the mutex is that of glibc")
+@pytest.mark.parametrize("builder", [10, 11], indirect=True, ids=["tensorrt10", "tensorrt11"])
+def test_control_c_is_seen_while_the_main_thread_is_inside_the_builder(builder, make_job):
+    """The call holds the main thread in C, where no signal ends it and no handler of Python's runs."""
+    library = ctypes.CDLL(None)
+    answers: List[bool] = []
+    wakeup_before = _wakeup_fd()
+
+    def from_the_builder_s_thread(monitor: Any, mutex: Any) -> None:
+        time.sleep(0.2)  # until the main thread waits; a handler would run before
+        os.kill(os.getpid(), signal.SIGINT)
+        deadline = time.monotonic() + 5
+        while (not answers or answers[-1]) and time.monotonic() < deadline:
+            answers.append(monitor.step_complete("Building", 0))
+        library.pthread_mutex_unlock(mutex)
+
+    def work(call: Any) -> None:
+        (monitor,) = builder.assigned("IBuilderConfig.progress_monitor")
+        mutex = ctypes.create_string_buffer(128)  # of zeros: one that is free
+        library.pthread_mutex_lock(mutex)
+        thread = threading.Thread(target=from_the_builder_s_thread, args=(monitor, mutex))
+        thread.start()
+        library.pthread_mutex_lock(mutex)
+        thread.join()
+
+    builder.double.returns("Builder.build_serialized_network", work)
+    job = make_job("hint")
+    with pytest.raises(KeyboardInterrupt):
+        build(builder, job)
+    assert answers[-1] is False and not job.plan.exists() and not _scratch(job)
+    assert _wakeup_fd() == wakeup_before
+    assert not [thread for thread in threading.enumerate() if thread.name == "build interrupt"]
+
+
+def _wakeup_fd() -> int:
+    found = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(found)
+    return found
+
+
+@pytest.mark.parametrize("builder", [10, 11], indirect=True, ids=["tensorrt10", "tensorrt11"])
+def test_another_signal_does_not_end_a_build(builder, make_job):
+    def work(call: Any) -> bytes:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return PLAN
+
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: None)
+    builder.double.returns("Builder.build_serialized_network", work)
+    try:
+        row, _ = build(builder, make_job("hint"))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert row.file.exists()
+
+
+# ---- The tactic sources
+
+
+def test_version_8_builds_without_the_libraries_of_torch(builder, make_job):
+    build(builder, make_job("hint"))
+    if builder.major != 8:
+        assert not builder.calls("IBuilderConfig.set_tactic_sources")
+        return
+    (call,) = builder.calls("IBuilderConfig.set_tactic_sources")
+    sources = builder.double.module.TacticSource
+    kept = {name for name, source in sources.__members__.items() if call["tactic_sources"] & 1 << int(source)}
+    assert kept == {"EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS"} and call["tactic_sources"] == 0b11000
+    builder.double.returns("IBuilderConfig.set_tactic_sources", False)
+    with pytest.raises(TensorRTError, match=r"TensorRT 8\.6\.1 refused to do without cuBLAS and cuDNN"):
+        build(builder, make_job("hint"))
+
+
 # ---- The timing cache
 
 
@@ -610,8 +685,9 @@ def test_a_hardware_level_that_came_with_a_later_version_of_10(monkeypatch):
 
 def test_tensorrt_that_is_missing_or_does_not_load(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(TensorRTError, match="cannot be imported.*install TensorRT"):
+    with pytest.raises(TensorRTError, match="cannot be imported.*install TensorRT") as raised:
         find_version()
+    assert f"{shlex.quote(sys.executable)} -m pip install tensorrt-cu13 (or tensorrt-cu12 with" in str(raised.value)
 
     class Broken:
         def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
@@ -709,7 +785,7 @@ def test_a_library_runs_on_its_generation_and_by_ptx_on_later_ones(tmp_path, cap
 
 FAKE_BUILD = """#!/usr/bin/env bash
 echo "run $*" >>"$(dirname "$0")/log"
-exec {python} -c "
+exec '{python}' -c "
 import sys; sys.path.insert(0, '{root}')
 from pathlib import Path
 from tests.builder_double import make_library
@@ -772,7 +848,7 @@ def children(monkeypatch: pytest.MonkeyPatch) -> List[List[str]]:
             assert command[:2] == [sys.executable, str(ROOT / "build_engines.py")]
             started.append(command[2:])
 
-        def wait(self) -> int:
+        def wait(self, timeout: Any = None) -> int:
             return build_engines.main(started[-1]) if "--in-process" in started[-1] else 0
 
     monkeypatch.setattr(engine_builds.subprocess, "Popen", Process)
@@ -808,15 +884,15 @@ def test_the_command_builds_each_graph_in_a_process_and_skips_what_is_there(buil
 def test_the_command_records_before_it_builds(builder, make_job, children, monkeypatch):
     job = make_job("hint")
     make_library(job.folder, builder.major)
-    checked: List[str] = []
+    checked: List[Tuple[str, str]] = []
     monkeypatch.setattr("runtime.engine_check.Reference.make", lambda self: None)
     monkeypatch.setattr(
         "runtime.engine_check.check_plan_runs",
-        lambda plan, job, tools, reference: checked.append(job.spec.name) or {"calls": 1, "outputs": {}},
+        lambda plan, job, tools, reference, device: checked.append((job.spec.name, device)) or {"outputs": {}},
     )
     assert build_engines.main(_arguments(job, "--graphs", "hint")) == 0
     assert [("--record-only" in words, "--in-process" in words) for words in children] == [(True, False), (False, True)]
-    assert checked == ["hint"]
+    assert checked == [("hint", "cuda:0")]
 
 
 def test_all_graphs_are_looked_at_before_the_first_is_built(builder, make_job, children, capsys):
@@ -851,21 +927,76 @@ def test_control_c_during_a_build_of_version_8_ends_its_process(builder, make_jo
     assert seen == [signal.SIG_DFL] and signal.getsignal(signal.SIGINT) is not signal.SIG_DFL
 
 
-def test_control_c_kills_the_process(builder, make_job, children, monkeypatch, capsys):
+@pytest.mark.parametrize("child", ["ends", "hangs", "hangs and is interrupted again"])
+def test_control_c_lets_the_process_end_before_it_is_killed(builder, make_job, children, monkeypatch, capsys, child):
     job = make_job("hint")
     make_library(job.folder, builder.major)
-    events: List[str] = []
+    events: List[Any] = []
 
-    def wait(self: Any) -> int:
-        events.append("wait")
-        if len(events) == 1:
+    def wait(self: Any, timeout: Any = None) -> int:
+        events.append(timeout)
+        if len(events) == 1 or (timeout and child == "hangs and is interrupted again"):
             raise KeyboardInterrupt
-        return -9
+        if timeout and child == "hangs":
+            raise subprocess.TimeoutExpired("build_engines.py", timeout)
+        return 130
 
     monkeypatch.setattr(engine_builds.subprocess.Popen, "wait", wait)
     monkeypatch.setattr(engine_builds.subprocess.Popen, "kill", lambda self: events.append("kill"), raising=False)
     assert build_engines.main(_arguments(job, "--no-check", "--graphs", "hint")) == 130
-    assert events == ["wait", "kill", "wait"] and "interrupted" in capsys.readouterr().err
+    assert events == [None, 30, "kill", None] and "interrupted" in capsys.readouterr().err
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> List[int]:
+    """Two alike, as torch sees them; the current one is the last of the list."""
+    import torch
+
+    current = [0]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    properties = SimpleNamespace(name=GPU.name, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    return current
+
+
+def test_the_device_is_made_current_and_handed_to_the_processes(builder, make_job, children, monkeypatch, two_gpus):
+    monkeypatch.setattr(toolchain, "find_gpu", find_gpu)  # the real one
+    job = make_job("hint")
+    make_library(job.folder, builder.major)
+    checked: List[str] = []
+    monkeypatch.setattr("runtime.engine_check.Reference.make", lambda self: None)
+    monkeypatch.setattr(
+        "runtime.engine_check.check_plan_runs",
+        lambda plan, job, tools, reference, device: checked.append(device) or {"outputs": {}},
+    )
+    assert build_engines.main(_arguments(job, "--graphs", "hint")) == 0
+    assert two_gpus == [0] and not any("--device" in words for words in children)
+    children.clear()
+    assert build_engines.main(_arguments(job, "--graphs", "hint", "--force", "--device", "1")) == 0
+    assert [words[words.index("--device") + 1] for words in children] == ["1", "1"]
+    assert two_gpus == [0, 1, 1] and checked == ["cuda:0", "cuda:1"]
+
+
+@pytest.mark.parametrize("device", [2, -1])
+def test_a_device_that_does_not_exist(builder, make_job, two_gpus, capsys, device):
+    assert build_engines.main(_arguments(make_job("hint"), "--device", str(device))) == 1
+    assert f"there is no GPU {device}; torch sees 0 to 1" in capsys.readouterr().err and two_gpus == [0]
+
+
+@pytest.mark.parametrize(
+    ("words", "compares"),
+    [
+        ([], True),
+        (["--no-check"], False),
+        (["--no-check", "--bisect", "step"], True),
+        (["--no-check", "--record-only"], True),
+    ],
+)
+def test_onnxruntime_is_asked_for_only_where_something_is_compared(words, compares):
+    needed = build_engines.needed_packages(build_engines.parse_arguments(words))
+    assert ("onnxruntime" in needed) == compares and "onnx_graphsurgeon" in needed
 
 
 def test_errors_are_one_line_and_status_1(monkeypatch, capsys):

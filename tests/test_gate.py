@@ -304,6 +304,8 @@ def test_a_plan_is_deserialised_run_and_compared(reference, builder, engine, gra
     assert found["calls"] == 1 and set(found["outputs"]) == set(job.spec.outputs)
     (ran,) = builder.calls("IExecutionContext.execute_async_v3")
     assert ran["stream_handle"] == 7
+    # The library is at hand in each case: a plan that does without is not in need of one that loads.
+    assert len(builder.calls("IPluginRegistry.load_library")) == int(job.options.needs_plugin(graph))
     # What an engine does not write is noticed: the buffers held NaN, or the highest level.
     engine.run = lambda inputs: {}
     what = "flat" if graph == "decode" else "NaN"
@@ -317,7 +319,7 @@ def test_a_session_that_cannot_be_made_closes_the_runtime(reference, builder, en
     plan.write_bytes(b"plan")
     builder.double.returns("Runtime.deserialize_cuda_engine", None)
     with pytest.raises(ArtefactError, match="does not take"):
-        EngineRun(plan, job.spec, tools, "cpu")
+        EngineRun(plan, job.spec, None, "cpu")
 
 
 # ---- The search
@@ -385,9 +387,9 @@ def test_bisecting_an_engine_names_the_layer(reference, builder, engine, graph, 
         names = bisect.comparable_tensors(fused, reference.onnx(graph))
     wrong = names[len(names) // 3 :]
 
-    def marked_spec(run: EngineRun, plan: Path, spec: Any, tools: Any, device: str) -> None:
+    def marked_spec(run: EngineRun, plan: Path, spec: Any, plugin: Any, device: str) -> None:
         engine.spec = spec
-        original(run, plan, spec, tools, device)
+        original(run, plan, spec, plugin, device)
 
     def compute(inputs: Dict[str, np.ndarray]) -> Dict[str, np.ndarray]:
         outputs = engine_check._run_reference(fp16, inputs, list(engine.spec.outputs))

@@ -163,6 +163,9 @@ def test_the_command_that_rebuilds_gives_the_same_build(tmp_path, monkeypatch):
     assert (args.height, args.width, args.samples, args.precision) == (64, 64, 1, "fp16")
     assert args.random_weights == 5 and args.build_dir == tmp_path and args.tf32 == ["text"]
     assert build_engines.options_of(args, args.groupnorm) == options
+    assert args.device == 0 and "--device" not in words
+    words = engine_command(BUILD, WEIGHTS, tmp_path, options, device=1).split()
+    assert build_engines.parse_arguments(words[2:]).device == 1
     assert "--build-dir" not in engine_command(BUILD, WEIGHTS, ROOT / "build")
     monkeypatch.chdir(ROOT)
     assert "--build-dir" not in engine_command(BUILD, WEIGHTS, Path(os.curdir) / "build")

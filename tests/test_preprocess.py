@@ -20,7 +20,8 @@ import pytest
 import build_engines
 
 ROOT = Path(__file__).resolve().parent.parent
-BASE_PACKAGES = ["torch", "onnx", "numpy", "cv2", "yaml", "transformers", "polygraphy", "tqdm", "onnxruntime"]
+BASE_PACKAGES = ["torch", "onnx", "onnx_graphsurgeon", "numpy", "cv2", "yaml", "transformers", "polygraphy", "tqdm"]
+BASE_PACKAGES += ["onnxruntime"]
 DEV_PACKAGES = ["pytest", "pytest_timeout", "ruff", "diffusers", "accelerate", "skimage", "psutil", "mypy"]
 TOOLS = [
     "bash",
@@ -158,7 +159,7 @@ def test_an_environment_with_the_packages_is_used_as_it_is(equipped: Machine) ->
         assert f"== stage {number} of 3: " in result.stdout and f"== stage {number} took " in result.stdout
 
 
-@pytest.mark.parametrize("lacking", [["cv2"], ["onnxruntime"], BASE_PACKAGES])
+@pytest.mark.parametrize("lacking", [["cv2"], ["onnxruntime"], ["onnx_graphsurgeon"], BASE_PACKAGES])
 def test_one_lacking_package_is_enough_to_make_an_environment(machine: Machine, lacking: List[str]) -> None:
     machine.add_packages(*(name for name in BASE_PACKAGES if name not in lacking))
     result = machine.run("--env-only")
@@ -169,11 +170,27 @@ def test_one_lacking_package_is_enough_to_make_an_environment(machine: Machine, 
     assert not machine.calls("export_onnx.py")
 
 
-def test_tensorrt_stands_in_for_onnxruntime(machine: Machine) -> None:
+def test_an_environment_that_is_used_has_what_the_engine_build_needs(machine: Machine) -> None:
+    needed = build_engines.needed_packages(build_engines.parse_arguments([]))
+    assert set(needed) <= set(BASE_PACKAGES) and "onnx_graphsurgeon" in needed
+    for name in needed:
+        assert f" {name} " in _packages_line() or f" {name})" in _packages_line()
+
+
+def _packages_line() -> str:
+    lines = (ROOT / "preprocess.sh").read_text(encoding="utf-8").splitlines()
+    return next(line for line in lines if line.startswith("PACKAGES=(")).replace("(", " ")
+
+
+def test_tensorrt_does_not_stand_in_for_onnxruntime_which_engines_are_compared_with(machine: Machine) -> None:
     machine.add_packages(*BASE_PACKAGES[:-1], "tensorrt")
-    result = machine.run("--env-only")
+    result = machine.run()
     assert result.returncode == 0, result.stderr
-    assert not machine.calls("pip")
+    assert len(machine.calls("pip")) == 1 and not machine.calls("build_engines.py")
+    # TensorRT is in the Python that the environment was made beside, and not in it.
+    assert f"skipped: {machine.venv}/bin/python has no tensorrt package ({machine.python} has one" in result.stdout
+    command = f"'{machine.venv}/bin/python' -m pip install tensorrt-cu13 (or tensorrt-cu12 with"
+    assert f"install it: {command}" in result.stdout
 
 
 def test_a_stamped_environment_is_not_installed_again(machine: Machine) -> None:
@@ -183,6 +200,7 @@ def test_a_stamped_environment_is_not_installed_again(machine: Machine) -> None:
     assert result.returncode == 0, result.stderr
     assert len(machine.calls("pip")) == len(machine.calls("venv")) == 1
     assert len(machine.calls("export_onnx.py")) == 1
+    assert f"{machine.venv}/bin/python has no tensorrt package; with" in result.stdout
 
 
 def test_changed_requirements_are_installed_into_the_environment_that_is_there(machine: Machine) -> None:
@@ -336,7 +354,9 @@ def test_runs_from_any_folder_and_takes_a_relative_python(machine: Machine, tmp_
 def test_without_tensorrt_the_last_stage_is_skipped_and_says_why(equipped: Machine) -> None:
     result = equipped.run()
     assert result.returncode == 0
-    assert f"skipped: {equipped.python} has no tensorrt package; the pipeline runs without TensorRT" in result.stdout
+    assert f"skipped: {equipped.python} has no tensorrt package; with an NVIDIA GPU, install it: " in result.stdout
+    assert f"'{equipped.python}' -m pip install tensorrt-cu13 " in result.stdout
+    assert "; the pipeline runs without TensorRT" in result.stdout and "has one" not in result.stdout
     equipped.add_packages("tensorrt")
     cuda = "class cuda:\n    @staticmethod\n    def is_available():\n        return {}\n"
     (equipped.prefix / "stubs" / "torch.py").write_text(cuda.format(False))

@@ -40,7 +40,7 @@ from runtime.tensorrt_session import TensorRTRuntime, TensorRTSession
 from runtime.torch_session import TorchSession
 from runtime.workspace import aligned_rows
 from tests import tensorrt_bindings
-from tests.builder_double import install_plans
+from tests.builder_double import install_plans, make_library
 from tests.small_model import small_config
 from tests.tape import TapeGraphs
 from tests.tensorrt_double import Call, TensorRTDouble
@@ -404,8 +404,8 @@ def test_no_context(words: str, message: str, engines: Engines, tmp_path: Path) 
         enqueue_step(write_plans(tmp_path))
 
 
-def test_no_room_for_activations(engines: Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_plans(tmp_path)
+def fill_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave no room for activations."""
     empty = torch.empty
 
     def full(*shape: Any, **options: Any) -> torch.Tensor:
@@ -414,8 +414,25 @@ def test_no_room_for_activations(engines: Engines, tmp_path: Path, monkeypatch: 
         return empty(*shape, **options)
 
     monkeypatch.setattr(torch, "empty", full)
+
+
+def test_no_room_for_activations(engines: Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_plans(tmp_path)
+    fill_memory(monkeypatch)
     with pytest.raises(TensorRTError, match="no 0.00 GB left for the engines to work in: end other programs"):
         enqueue_step(folder)
+
+
+def test_an_error_of_an_earlier_run_is_not_told_again(engines: Engines, tmp_path: Path) -> None:
+    """Nor taken for the reason: the one before it was of memory."""
+    session = make_sessions(write_plans(tmp_path), TensorRTRuntime("cpu"))["hint"]
+    bound = session.bind(buffers_of("hint"))
+    engines.tell(OUT_OF_MEMORY)
+    bound.enqueue()
+    engines.tell(OUT_OF_MEMORY)
+    engines.double.returns("IExecutionContext.execute_async_v3", False, on=session._context)
+    with pytest.raises(TensorRTError, match="^the engine of hint does not run$"):
+        bound.enqueue()
 
 
 @pytest.mark.parametrize("content", [b"", b"ste", b"another TensorRT's plan", None])
@@ -478,15 +495,40 @@ def test_the_plugin_is_loaded_once(engines: Engines, tmp_path: Path) -> None:
     creator = engines.double.make("IPluginCreator" if engines.double.major == 8 else "IPluginCreatorV3One")
     script_registry(engines, [None, creator, creator], object())
     for _ in range(2):
-        TensorRTRuntime("cpu", plugin=tmp_path / "libgroup_norm.so")
+        TensorRTRuntime("cpu").load_plugin(tmp_path / "libgroup_norm.so")
     (call,) = engines.double.calls_of("IPluginRegistry.load_library")
     assert call["plugin_path"] == str(tmp_path / "libgroup_norm.so")
 
 
 def test_a_plugin_that_does_not_load(engines: Engines, tmp_path: Path) -> None:
-    script_registry(engines, [None, None], None)
-    with pytest.raises(TensorRTError, match="did not load the plugin .*libgroup_norm.so"):
-        TensorRTRuntime("cpu", plugin=tmp_path / "libgroup_norm.so")
+    """What TensorRT says of it comes to our logger, which the runtime brings, and what the loader says as well."""
+    script_registry(engines, [None, None, None], None)
+    engines.fail("IPluginRegistry.load_library", None, "undefined symbol: cudaLaunchKernelExC")
+    message = "did not load the plugin .*libgroup_norm.so .undefined symbol: cudaLaunch.*: .*No such file.*build.sh"
+    with pytest.raises(TensorRTError, match=message):
+        TensorRTRuntime("cpu").load_plugin(tmp_path / "libgroup_norm.so")
+    names = engines.double.names()
+    assert names.index("Runtime") < names.index("IPluginRegistry.load_library")
+
+
+@pytest.mark.parametrize("status", [0, 2])
+def test_a_plugin_that_registers_itself(
+    status: int, engines: Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading gave no creator of our namespace; the library's own function does, or answers why not."""
+    creator = engines.double.make("IPluginCreator" if engines.double.major == 8 else "IPluginCreatorV3One")
+    script_registry(engines, [None, None, None if status else creator], object())
+    opened: List[str] = []
+
+    def library(file: str) -> Any:
+        opened.append(file)
+        return SimpleNamespace(canny2imageRegister=lambda: status)
+
+    monkeypatch.setattr(ctypes, "CDLL", library)
+    refused = pytest.raises(TensorRTError, match="did not load .*: registering it answers 2; build it anew")
+    with refused if status else contextlib.nullcontext():
+        TensorRTRuntime("cpu").load_plugin(tmp_path / "libgroup_norm.so")
+    assert opened == [str(tmp_path / "libgroup_norm.so")]
 
 
 # -- the backend -------------------------------------------------------------------------------------------------------
@@ -533,7 +575,11 @@ def test_tensorrt_is_preferred_where_its_engines_are(
     sessions = backend.sessions(BUILD)
     assert list(sessions) == list(SPECS)
     assert len(engines.double.calls_of("Runtime.deserialize_cuda_engine")) == 5, "loaded again after the choice"
+    memory = engines.activations()
+    assert len(memory) == 5, "each has the memory that it works in"
+    assert len(set(memory)) == 1
     sessions["hint"].bind(buffers_of("hint")).enqueue()
+    assert engines.activations() == memory
     other = backend.sessions(BUILD)
     assert len(engines.double.calls_of("Runtime.deserialize_cuda_engine")) == 10, "they are a pipeline's own"
     assert len(engines.double.calls_of("Runtime")) == 1
@@ -611,6 +657,48 @@ def test_plans_that_cannot_run_here(
     assert not engines.double.calls_of("Runtime.deserialize_cuda_engine")
 
 
+@pytest.mark.parametrize("needed", [False, True])
+def test_a_plugin_that_is_broken_is_loaded_only_for_plans_that_need_it(
+    needed: bool, engines: Engines, gpu: None, weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = PluginLibrary(tmp_path / "lib.so", SOURCE, engines.double.version)
+    monkeypatch.setattr(tensorrt_backend, "find_plugin", lambda *_: library)
+    script_registry(engines, [None, None, None], None)
+    install(tmp_path, weights, engines.double.version, plugin=SOURCE if needed else None)
+    backend, reason = choose(tmp_path, weights)
+    assert backend.name == ("torch" if needed else "tensorrt")
+    assert ("did not load the plugin" in reason) == needed
+    assert len(engines.double.calls_of("IPluginRegistry.load_library")) == int(needed)
+    backend.close()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:2"])
+def test_the_command_that_builds_names_the_device(
+    device: str, engines: Engines, gpu: None, weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    current = [0]
+
+    @contextlib.contextmanager
+    def on(name: str) -> Iterator[None]:
+        current.append(torch.device(name).index or 0)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(tensorrt_backend, "find_gpu", lambda: Gpu(GPU.name, GPU.compute_capability, current[-1]))
+    with pytest.raises(ArtefactError, match="build it with: python3 build_engines.py") as refusal:
+        TensorRTBackend(weights, tmp_path, device).check(BUILD)
+    assert str(refusal.value).endswith(" --device 2") == (device == "cuda:2")
+    assert ("--device" in str(refusal.value)) == (device == "cuda:2")
+
+
+def test_why_there_is_no_plugin_is_told(engines: Engines, gpu: None, weights: Weights, tmp_path: Path) -> None:
+    make_library(tmp_path, engines.double.major, source="of yesterday")
+    install(tmp_path, weights, engines.double.version, plugin=SOURCE)
+    with pytest.raises(ArtefactError, match=r"needs the plugin library, .* \(.*source is of yesterday.*\); build it"):
+        TensorRTBackend(weights, tmp_path, "cuda").check(BUILD)
+
+
 @pytest.fixture
 def closed(monkeypatch: pytest.MonkeyPatch) -> List[str]:
     """Names of the sessions that are closed, as they are."""
@@ -620,7 +708,7 @@ def closed(monkeypatch: pytest.MonkeyPatch) -> List[str]:
     return names
 
 
-@pytest.mark.parametrize("what", ["plan", "memory"])
+@pytest.mark.parametrize("what", ["plan", "memory", "activations"])
 def test_a_plan_that_does_not_load_is_a_reason_for_torch(
     what: str,
     engines: Engines,
@@ -635,16 +723,20 @@ def test_a_plan_that_does_not_load_is_a_reason_for_torch(
     close = TensorRTRuntime.close
     monkeypatch.setattr(TensorRTRuntime, "close", lambda self: (freed.append(self), close(self)))
     install(tmp_path, weights, engines.double.version)
-    del engines.specs["step"]
     message = "does not take .*control_unet.plan.*magicTag.*build it anew with --force"
-    if what == "memory":
+    if what == "plan":
+        del engines.specs["step"]
+    elif what == "activations":
+        fill_memory(monkeypatch)
+        message = "the GPU has no 0.00 GB left for the engines to work in: end other programs"
+    else:
         engines.fail("Runtime.deserialize_cuda_engine", None, "Error Code 2: OutOfMemory (Requested size was 9.)")
         message = "too little memory for deserialising .*clip.plan.*end other programs"
     backend, reason = choose(tmp_path, weights)
     assert (backend.name, backend.device) == ("torch", "cuda")
     assert re.search(f"^first that can run; tensorrt: .*{message}", reason), reason
     assert len(freed) == 1
-    assert closed == ([] if what == "memory" else ["time", "hint", "text"])
+    assert closed == {"plan": ["time", "hint", "text"], "memory": [], "activations": list(SPECS)[::-1]}[what]
     with pytest.raises((ArtefactError, TensorRTError), match=message):  # no reason where it was asked for
         choose(tmp_path, weights, "tensorrt")[0].sessions(BUILD)
 

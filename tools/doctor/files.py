@@ -87,11 +87,13 @@ class Place:
 
         if self.version is None or self.gpu is None:
             raise ArtefactError(f"there is no {'TensorRT' if self.version is None else 'GPU'} to run it")
+        plugin: Optional[str] = None
+        problem: Optional[str] = None
         try:
-            plugin: Optional[str] = self.plugin().source
-        except ArtefactError:
-            plugin = None
-        return Machine(self.version.version, self.gpu.name, self.gpu.compute_capability, plugin)
+            plugin = self.plugin().source
+        except ArtefactError as error:
+            problem = str(error)
+        return Machine(self.version.version, self.gpu.name, self.gpu.compute_capability, plugin, plugin_problem=problem)
 
 
 def check_checkpoint(place: Place, config: ModelConfig) -> Row:

@@ -148,13 +148,14 @@ def check_cuda_python() -> Row:
 def check_tensorrt() -> Row:
     """Whether it imports, and which code is for it."""
     from deploy.tensorrt_versions import SUPPORTED, TensorRTError, find_version
+    from environment import OTHER_TENSORRT, tensorrt_command
 
-    install = f"with a GPU: install TensorRT {SUPPORTED}, with its Python package"
     if importlib.util.find_spec("tensorrt") is None:
-        return Row("TensorRT", MISSING, "Python's package tensorrt is not installed", install)
+        found = f"{sys.executable} has no package tensorrt; only for an NVIDIA GPU ({OTHER_TENSORRT})"
+        return Row("TensorRT", MISSING, found, tensorrt_command())
     try:
         version = find_version()
     except TensorRTError as error:
-        return Row("TensorRT", DIFFERS, first_line(error), install)
+        return Row("TensorRT", DIFFERS, first_line(error), f"install TensorRT {SUPPORTED}: {tensorrt_command()}")
     kind = type(version)
     return Row("TensorRT", OK, f"{version.version}, by {kind.__name__} of {kind.__module__}")

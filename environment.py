@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shlex
 import sys
 from pathlib import Path
 from typing import List, Sequence
@@ -12,8 +11,6 @@ from typing import List, Sequence
 ROOT = Path(__file__).resolve().parent
 # Set just before the program is started again, so that it is started again once at most.
 GUARD = "CANNY2IMAGE_RESTARTED"
-# Packages in the place of that in `tensorrt_command`.
-OTHER_TENSORRT = "or tensorrt-cu12 with a driver for CUDA 12, or tensorrt==8.6.1 on Python 3.11 at most"
 
 
 def missing_packages(packages: Sequence[str]) -> List[str]:
@@ -29,11 +26,6 @@ def missing_packages(packages: Sequence[str]) -> List[str]:
         return any(importlib.util.find_spec(choice) is not None for choice in name.split(" or "))
 
     return [name for name in packages if not is_there(name)]
-
-
-def tensorrt_command(python: str = sys.executable) -> str:
-    """The command that installs TensorRT for an interpreter; `OTHER_TENSORRT` says what else it may be."""
-    return f"{shlex.quote(python)} -m pip install tensorrt-cu13"
 
 
 def ensure_environment(packages: Sequence[str]) -> None:

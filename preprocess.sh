@@ -263,7 +263,7 @@ tensorrt_advice() {
 import sys
 
 sys.path.insert(0, sys.argv[1])
-from environment import OTHER_TENSORRT, tensorrt_command
+from cldm.machine import OTHER_TENSORRT, tensorrt_command
 
 print(f"{tensorrt_command(sys.argv[2])} ({OTHER_TENSORRT})")
 END

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import sys
 from pathlib import Path
 from typing import List, Optional, Tuple
 
 CPUINFO = Path("/proc/cpuinfo")
 CGROUP = Path("/sys/fs/cgroup")
+# Packages in the place of that in `tensorrt_command`.
+OTHER_TENSORRT = "or tensorrt-cu12 with a driver for CUDA 12, or tensorrt==8.6.1 on Python 3.11 at most"
+
+
+def tensorrt_command(python: str = sys.executable) -> str:
+    """The command that installs TensorRT for an interpreter; `OTHER_TENSORRT` says what else it may be."""
+    return f"{shlex.quote(python)} -m pip install tensorrt-cu13"
 
 
 def processor_name(cpuinfo: Path = CPUINFO) -> str:

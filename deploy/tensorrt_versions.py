@@ -21,7 +21,7 @@ import ctypes
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, List, Mapping, Optional, Protocol
 
-from environment import OTHER_TENSORRT, tensorrt_command
+from cldm.machine import OTHER_TENSORRT, tensorrt_command
 
 if TYPE_CHECKING:
     import tensorrt

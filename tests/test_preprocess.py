@@ -92,9 +92,9 @@ class Machine:
             "FAKE_LOG": str(self.log),
             "FAKE_INSTALLS": " ".join(BASE_PACKAGES + DEV_PACKAGES),
         }
-        self.clone.mkdir()
+        (self.clone / "cldm").mkdir(parents=True)
         self.python.parent.mkdir(parents=True)
-        for name in ("preprocess.sh", "environment.py", "Makefile"):
+        for name in ("preprocess.sh", "environment.py", "Makefile", "cldm/__init__.py", "cldm/machine.py"):
             shutil.copy(str(ROOT / name), str(self.clone / name))
         (self.clone / "requirements.txt").write_text("torch==0\n")
         (self.clone / "requirements-dev.txt").write_text("-r requirements.txt\npytest==0\n")

@@ -147,8 +147,8 @@ def check_cuda_python() -> Row:
 
 def check_tensorrt() -> Row:
     """Whether it imports, and which code is for it."""
+    from cldm.machine import OTHER_TENSORRT, tensorrt_command
     from deploy.tensorrt_versions import SUPPORTED, TensorRTError, find_version
-    from environment import OTHER_TENSORRT, tensorrt_command
 
     if importlib.util.find_spec("tensorrt") is None:
         found = f"{sys.executable} has no package tensorrt; only for an NVIDIA GPU ({OTHER_TENSORRT})"

@@ -18,6 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from runtime.fused.kernels import activate
+
 
 @gluon.jit
 def _load_weights(
@@ -61,22 +63,6 @@ def _load_pixels(
             tma.async_copy_global_to_shared(tail, [x_net, b0, y0, x0, (k - TAPS * blocks) * BK], bar, a)
     else:
         tma.async_copy_global_to_shared(x, [x_net, b0, y0 + dy, x0 + dx, c], bar, a)
-
-
-@gluon.jit
-def _sigmoid(v):
-    return 1.0 / (1.0 + gl.exp(-v))
-
-
-@gluon.jit
-def _activate(v, ACT: gl.constexpr):
-    if ACT == "silu":
-        v = v * _sigmoid(v)
-    elif ACT == "quick_gelu":
-        v = v * _sigmoid(1.702 * v)
-    elif ACT == "gelu":
-        v = 0.5 * v * (1.0 + gl.erf(v * 0.7071067811865476))
-    return v
 
 
 @gluon.jit(
@@ -262,10 +248,10 @@ def tma_matmul_kernel(
             gates = gl.convert_layout(gate, flat)
             if HAS_BIAS:
                 gates += gl.load(bias + far * bias_net + N + cols, mask=inside_n, other=0.0).to(gl.float32)[None, :]
-            acc = acc * _activate(gates, "gelu")
+            acc = acc * activate(gates, "gelu")
         if HAS_SHIFT:
             acc += gl.load(shift + far * shift_net + cols, mask=inside_n, other=0.0).to(gl.float32)[None, :]
-        acc = _activate(acc, ACT)
+        acc = activate(acc, ACT)
         if HAS_SCALE:
             factors = gl.load(scale + rows // scale_rows * scale_step, mask=inside_m, other=0.0)
             acc *= factors.to(gl.float32)[:, None]

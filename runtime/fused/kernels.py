@@ -21,7 +21,8 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _activate(x, ACT: tl.constexpr):
+def activate(x, ACT: tl.constexpr):
+    """Of FP32 values; the Gluon kernel calls it too."""
     if ACT == "silu":
         x = x * _sigmoid(x)
     elif ACT == "quick_gelu":
@@ -41,7 +42,7 @@ def _begin(PDL: tl.constexpr):
 
 # Compiled once for all sizes of maps: a variant for each that divides by 16 would multiply what has to be compiled.
 @triton.jit(
-    do_not_specialize=("M", "H", "W", "OH", "OW", "splits", "scale_step", "scale_images", "residual_rows"),
+    do_not_specialize=("M", "H", "W", "OH", "OW", "splits", "scale_step", "scale_rows", "residual_rows"),
     do_not_specialize_on_alignment=("scale", "shift", "bias"),
 )
 def matmul_kernel(
@@ -77,7 +78,7 @@ def matmul_kernel(
     residual_rows,
     out_net,
     scale_step,
-    scale_images,
+    scale_rows,
     splits,
     TAPS: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -212,12 +213,12 @@ def matmul_kernel(
         if GATED:
             if HAS_BIAS:
                 gate += tl.load(bias + N + cols, mask=inside_n, other=0.0).to(tl.float32)[None, :]
-            acc = acc * _activate(gate, "gelu")
+            acc = acc * activate(gate, "gelu")
         if HAS_SHIFT:
             acc += tl.load(shift + net * shift_net + cols, mask=inside_n, other=0.0).to(tl.float32)[None, :]
-        acc = _activate(acc, ACT)
+        acc = activate(acc, ACT)
         if HAS_SCALE:
-            acc *= tl.load(scale + image // scale_images * scale_step).to(tl.float32)[:, None]
+            acc *= tl.load(scale + safe_rows // scale_rows * scale_step).to(tl.float32)[:, None]
         if HAS_RESIDUAL:
             spots = residual + net * residual_net + (rows % residual_rows)[:, None] * ldr + cols[None, :]
             acc += tl.load(spots, mask=inside_out, other=0.0).to(tl.float32)
@@ -427,32 +428,8 @@ def first_conv_kernel(
     if ADDED_NET >= 0:
         here = inside_out & (net == ADDED_NET)
         acc += tl.load(added + cols[None, :] * added_channel + place[:, None], mask=here, other=0.0).to(tl.float32)
-    acc = _activate(acc, ACT)
+    acc = activate(acc, ACT)
     tl.store(out + net * out_net + rows[:, None] * N + cols[None, :], acc.to(out.dtype.element_ty), mask=inside_out)
-
-
-@triton.jit
-def _narrow_conv(
-    x, w, image, oy, ox, H, W, C, N, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr
-):
-    """(BM, BN) sums of a 3x3 convolution to N <= BN channels."""
-    cols = tl.arange(0, BN)
-    ks = tl.arange(0, BK)
-    acc = tl.zeros((BM, BN), tl.float32)
-    blocks = tl.cdiv(C, BK)
-    for k in tl.range(0, 9 * blocks, num_stages=STAGES):
-        tap = k // blocks
-        c = (k - tap * blocks) * BK + ks
-        iy = oy + tap // 3 - 1
-        ix = ox + tap % 3 - 1
-        inside = (iy >= 0) & (iy < H) & (ix >= 0) & (ix < W)
-        pixel = (image * H + iy) * W + ix
-        a = tl.load(x + pixel[:, None] * C + c[None, :], mask=inside[:, None] & (c < C)[None, :], other=0.0)
-        b = tl.load(
-            w + cols[:, None] * (9 * C) + (tap * C + c)[None, :], mask=(cols < N)[:, None] & (c < C)[None, :], other=0.0
-        )
-        acc = tl.dot(a, b.T, acc)
-    return acc
 
 
 @triton.jit(do_not_specialize=("M",))
@@ -515,7 +492,21 @@ def pixels_kernel(
     place = safe_rows % (H * W)
     shift = tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)
     _begin(PDL)
-    acc = _narrow_conv(x, w, safe_rows // (H * W), place // W, place % W, H, W, C, N, BM, BN, BK, STAGES)
+    ks = tl.arange(0, BK)
+    image = safe_rows // (H * W)
+    acc = tl.zeros((BM, BN), tl.float32)
+    blocks = tl.cdiv(C, BK)
+    for k in tl.range(0, 9 * blocks, num_stages=STAGES):
+        tap = k // blocks
+        c = (k - tap * blocks) * BK + ks
+        iy = place // W + tap // 3 - 1
+        ix = place % W + tap % 3 - 1
+        inside = ((iy >= 0) & (iy < H) & (ix >= 0) & (ix < W))[:, None] & (c < C)[None, :]
+        pixel = (image * H + iy) * W + ix
+        a = tl.load(x + pixel[:, None] * C + c[None, :], mask=inside, other=0.0)
+        weights = w + cols[:, None] * (9 * C) + (tap * C + c)[None, :]
+        b = tl.load(weights, mask=(cols < N)[:, None] & (c < C)[None, :], other=0.0)
+        acc = tl.dot(a, b.T, acc)
     value = tl.minimum(tl.maximum((acc + shift[None, :]) * 127.5 + 127.5, 0.0), 255.0)
     inside = (rows < M)[:, None] & (cols < N)[None, :]
     tl.store(out + rows[:, None] * N + cols[None, :], tl.floor(value).to(tl.uint8), mask=inside)

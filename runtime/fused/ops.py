@@ -68,6 +68,62 @@ class Affine(NamedTuple):
     groups: int = 0
 
 
+class _Epilogue:
+    """What both products do with their sums, in the order in which both kernels take it."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        weights: Weights,
+        out: torch.Tensor,
+        shift: Optional[Tuple[torch.Tensor, int]],
+        residual: Optional[torch.Tensor],
+        scale: Optional[torch.Tensor],
+        act: str,
+    ) -> None:
+        bias = weights.bias
+        self._problem = problem
+        # Where there is none, the kernel is compiled without it and looks at no stand-in.
+        self.tensors = (
+            weights.matrix if bias is None else bias,
+            weights.matrix if shift is None else shift[0],
+            out if residual is None else residual,
+            out if scale is None else scale,
+            out,
+        )
+        self.row_steps = (0 if residual is None else residual.stride(3), out.stride(3))
+        self.net_steps = (
+            0 if bias is None else bias.stride(0),
+            0 if shift is None else shift[1],
+            0 if residual is None else residual.stride(0),
+            problem.m if residual is None else residual.shape[1:4].numel(),
+            out.stride(0) if out.shape[0] > 1 else 0,
+            0 if scale is None else scale.stride(0),
+            1 if scale is None else problem.m // scale.shape[0],
+        )
+        self._flags = {
+            "HAS_BIAS": bias is not None,
+            "HAS_SHIFT": shift is not None,
+            "HAS_RESIDUAL": residual is not None,
+            "HAS_SCALE": scale is not None,
+            "ACT": act,
+        }
+
+    def options(self, config: Config) -> Dict[str, Any]:
+        """Compile-time values that both kernels have."""
+        return {
+            **self._flags,
+            "TAPS": self._problem.taps,
+            "HAS_TAIL": self._problem.tail > 0,
+            "GATED": self._problem.gated,
+            "SPLIT": config.splits > 1,
+            "BN": config.bn,
+            "BK": config.bk,
+            "STAGES": config.stages,
+            "num_warps": config.warps,
+        }
+
+
 class Fused:
     """Launches the kernels.
 
@@ -157,111 +213,71 @@ class Fused:
             return out
         chosen = config or self.tuning.config(problem)
         launch = self._launch_boxes if chosen.bx else self._launch_matmul
-        launch(problem, chosen, (height, width, oh, ow), x, weights, out, tail, shift, residual, scale, act)
+        launch(problem, chosen, x, weights, tail, _Epilogue(problem, weights, out, shift, residual, scale, act))
         return out
 
     def _launch_matmul(
         self,
         problem: Problem,
         config: Config,
-        sizes: Tuple[int, int, int, int],
         x: torch.Tensor,
         weights: Weights,
-        out: torch.Tensor,
         tail: Optional[torch.Tensor],
-        shift: Optional[Tuple[torch.Tensor, int]],
-        residual: Optional[torch.Tensor],
-        scale: Optional[torch.Tensor],
-        act: str,
+        epilogue: _Epilogue,
     ) -> None:
         from runtime.fused.kernels import matmul_kernel
 
-        height, width, oh, ow = sizes
-        tiles = -(-problem.m // config.bm) * -(-problem.n // config.bn)
-        partials, counters = self._split_scratch(x.device, problem, config, tiles)
-        matrix, bias = weights.matrix, weights.bias
-        images = 1 if scale is None else problem.m // (oh * ow) // scale.shape[0]
+        matrix = weights.matrix
+        tiles = row_tiles(problem, config) * -(-problem.n // config.bn)
         self._launch(
             matmul_kernel,
             (tiles, config.splits, problem.nets),
             x,
             x if tail is None else tail,
             matrix,
-            matrix if bias is None else bias,
-            matrix if shift is None else shift[0],
-            x if residual is None else residual,
-            x if scale is None else scale,
-            out,
-            partials,
-            counters,
+            *epilogue.tensors,
+            *self._split_scratch(x.device, problem, config, tiles),
             problem.m,
             problem.n,
             problem.cin,
             problem.tail,
-            height,
-            width,
-            oh,
-            ow,
+            *x.shape[2:4],
+            problem.height,
+            problem.width,
             x.stride(3),
             0 if tail is None else tail.stride(3),
             matrix.stride(1),
-            0 if residual is None else residual.stride(3),
-            out.stride(3),
+            *epilogue.row_steps,
             x.stride(0) if x.shape[0] > 1 else 0,
             0 if tail is None else tail.stride(0),
             matrix.stride(0),
-            0 if bias is None else bias.stride(0),
-            0 if shift is None else shift[1],
-            0 if residual is None else residual.stride(0),
-            problem.m if residual is None else residual.shape[1:4].numel(),
-            out.stride(0) if out.shape[0] > 1 else 0,
-            0 if scale is None else scale.stride(0),
-            images,
+            *epilogue.net_steps,
             config.splits,
-            TAPS=problem.taps,
             STRIDE=problem.stride,
             UP=problem.taps == 4,
-            HAS_TAIL=tail is not None,
-            HAS_BIAS=bias is not None,
-            HAS_SHIFT=shift is not None,
-            HAS_RESIDUAL=residual is not None,
-            HAS_SCALE=scale is not None,
-            ACT=act,
-            GATED=problem.gated,
-            SPLIT=config.splits > 1,
             EVEN=problem.cin % config.bk == 0 and problem.tail % config.bk == 0,
             BM=config.bm,
-            BN=config.bn,
-            BK=config.bk,
-            STAGES=config.stages,
-            num_warps=config.warps,
             num_stages=config.stages,
+            **epilogue.options(config),
         )
 
     def _launch_boxes(
         self,
         problem: Problem,
         config: Config,
-        sizes: Tuple[int, int, int, int],
         x: torch.Tensor,
         weights: Weights,
-        out: torch.Tensor,
         tail: Optional[torch.Tensor],
-        shift: Optional[Tuple[torch.Tensor, int]],
-        residual: Optional[torch.Tensor],
-        scale: Optional[torch.Tensor],
-        act: str,
+        epilogue: _Epilogue,
     ) -> None:
         from runtime.fused.hopper import tma_matmul_kernel
 
-        _, _, oh, ow = sizes
         linear = problem.taps == 1
-        scale_rows = 1 if scale is None else problem.m // scale.shape[0]
-        images, oh, ow = (1, 1, problem.m) if linear else (problem.images, oh, ow)
+        sizes = (1, 1, problem.m) if linear else (problem.images, problem.height, problem.width)
+        images, oh, ow = sizes
         block = (1, config.bm // (config.by * config.bx), config.by, config.bx, config.bk)
+        matrix = weights.matrix
         tiles = row_tiles(problem, config) * -(-problem.n // config.bn)
-        partials, counters = self._split_scratch(x.device, problem, config, tiles)
-        matrix, bias = weights.matrix, weights.bias
         maps = _map_descriptor(x, block, linear)
         self._launch(
             tma_matmul_kernel,
@@ -269,13 +285,8 @@ class Fused:
             maps,
             maps if tail is None else _map_descriptor(tail, block, linear),
             _descriptor(matrix, list(matrix.shape), list(matrix.stride()), (1, config.bn, config.bk)),
-            matrix if bias is None else bias,
-            matrix if shift is None else shift[0],
-            x if residual is None else residual,
-            x if scale is None else scale,
-            out,
-            partials,
-            counters,
+            *epilogue.tensors,
+            *self._split_scratch(x.device, problem, config, tiles),
             images,
             problem.n,
             oh,
@@ -283,33 +294,14 @@ class Fused:
             problem.cin,
             -(-problem.cin // config.bk),
             -(-problem.tail // config.bk),
-            0 if residual is None else residual.stride(3),
-            out.stride(3),
-            0 if bias is None else bias.stride(0),
-            0 if shift is None else shift[1],
-            0 if residual is None else residual.stride(0),
-            problem.m if residual is None else residual.shape[1:4].numel(),
-            out.stride(0) if out.shape[0] > 1 else 0,
-            0 if scale is None else scale.stride(0),
-            scale_rows,
+            *epilogue.row_steps,
+            *epilogue.net_steps,
             config.splits,
-            TAPS=problem.taps,
-            HAS_TAIL=tail is not None,
-            HAS_BIAS=bias is not None,
-            HAS_SHIFT=shift is not None,
-            HAS_RESIDUAL=residual is not None,
-            HAS_SCALE=scale is not None,
-            ACT=act,
-            GATED=problem.gated,
-            SPLIT=config.splits > 1,
             BB=block[1],
             BY=config.by,
             BX=config.bx,
-            BN=config.bn,
-            BK=config.bk,
-            STAGES=config.stages,
             STATIC=weights.static,
-            num_warps=config.warps,
+            **epilogue.options(config),
         )
 
     def _launch(self, kernel: Any, grid: Tuple[int, ...], *operands: Any, **options: Any) -> None:

@@ -5,7 +5,8 @@
     python3 tools/fit_group_norm_plan.py build/group_norm_logs/plans.csv
 
 Prints the constants for plugins/group_norm_plan.h, which go in the place of those there, and how much longer than the
-fastest plans those take that they choose. A new GPU wants it: the constants in the header are of one H200.
+fastest plans those take that they choose: of the norms that they are fitted to, and of norms left out of the fit. A
+new GPU wants it: the constants in the header are of one H200.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if __name__ == "__main__":
     ensure_environment(["numpy", "scipy"])
 
 import numpy as np  # noqa: E402
-from scipy.optimize import nnls  # noqa: E402
+from scipy.optimize import minimize, nnls  # noqa: E402
 
 # The planner's enumerations, as numbers in the table.
 RUN, COLUMNS, SLICES = range(3)
@@ -50,7 +51,15 @@ GROUPS = 32
 ELEMENT_BYTES = 2
 WARP = 32
 REGISTERS = {RUN: (48, 96), COLUMNS: (72, 120), SLICES: (56, 104)}  # of a thread, with few packs and with many
-ROUNDS = 40
+# How far, as a logarithm, an estimate may be above the least one and its plan still count as chosen, step by step: wide
+# at first, so that all of the fast plans pull, at last about as narrow as two runs' times differ.
+SOFTNESS = (0.2, 0.1, 0.05, 0.03)
+# Of the estimates' mean squared error against the mean loss of time, as logarithms: without it constants choose well
+# among the plans timed and mean little for others.
+ERROR_WEIGHT = 0.2
+SLOW = 0.3  # a plan that takes exp(SLOW) times as long as the fastest weighs half as much in that error
+LEAST_ESTIMATE = 1e-3  # microseconds; has a logarithm
+FOLDS = 5
 
 Kind = Tuple[int, int]
 Norm = Tuple[int, int, int, str]
@@ -188,9 +197,9 @@ def _occupancy(t: Timing) -> Tuple[int, int]:
     by_shared = t.shared_limit // (t.shared_bytes + 2048)
     resident = min(max(by_registers, 1), max(by_shared, 1), 32)
     # Clusters of four and eight leave some SMs of each processing cluster idle.
-    processors = t.processors * 9 // 10 if t.stage == HELD and t.tiles > 2 else t.processors
+    processors = max(t.processors * 9 // 10, 1) if t.stage == HELD and t.tiles > 2 else t.processors
     num_blocks = t.units * t.tiles
-    return _ceil(num_blocks, max(processors * resident, 1)), min(resident, _ceil(num_blocks, t.processors))
+    return _ceil(num_blocks, processors * resident), min(resident, _ceil(num_blocks, processors))
 
 
 def _common_width(group_channels: int, most: int) -> int:
@@ -216,71 +225,141 @@ class Choice:
         return self.chosen.median_us / self.fastest.median_us
 
 
+def mean_ratio(choices: Sequence[Choice]) -> float:
+    """Of the time of the plan chosen and the fastest one's, the mean over norms: 1 is best."""
+    return float(np.mean([choice.ratio for choice in choices]))
+
+
 @dataclass(frozen=True)
 class Fit:
-    """Constants by kind of plan, none negative, with three decimals; and what they choose for each norm."""
+    """Constants by kind of plan, none negative, with three decimals; and what they choose for each norm.
+
+    `error` is that of the estimates: the root of the mean squared logarithm of estimate / time, where slow plans weigh
+    little.
+    """
 
     constants: Dict[Kind, np.ndarray]
     choices: List[Choice]
-
-    @property
-    def mean_ratio(self) -> float:
-        """Of the time of the plan chosen and the fastest one's, the mean over norms: 1 is best."""
-        return float(np.mean([choice.ratio for choice in self.choices]))
+    error: float
 
 
-def fit(timings: Sequence[Timing], rounds: int = ROUNDS) -> Fit:
-    """Constants that choose well, by non-negative least squares of the relative errors.
+class _Table:
+    """The plans of a table as one linear problem: all kinds' constants in one vector, `spans` says which are whose."""
 
-    Slow plans weigh little, as only the order of the fast ones counts. In each round, plans that are estimated below
-    the fastest and are not as fast gain weight, and so does the fastest; the best round's constants are kept.
+    def __init__(self, timings: Sequence[Timing]) -> None:
+        norms = _by_norm(timings)
+        self.timings = [timing for members in norms for timing in members]
+        rows = [features(timing) for timing in self.timings]
+        widths = {timing.kind: len(row) for timing, row in zip(self.timings, rows)}
+        ends = np.cumsum(list(widths.values()))
+        self.spans = {kind: slice(end - width, end) for (kind, width), end in zip(widths.items(), ends)}
+        self.matrix = np.zeros((len(rows), ends[-1]))
+        for i, (timing, row) in enumerate(zip(self.timings, rows)):
+            self.matrix[i, self.spans[timing.kind]] = row
+        self.times = np.array([timing.median_us for timing in self.timings])
+        sizes = [len(members) for members in norms]
+        self.starts = np.cumsum([0, *sizes[:-1]])  # of the norms
+        self.norm = np.repeat(np.arange(len(norms)), sizes)
+        self.loss = np.log(self.times / np.minimum.reduceat(self.times, self.starts)[self.norm])
+        weights = 1 / (1 + (self.loss / SLOW) ** 2)
+        # Each norm's sum is the same: there are far more plans for NHWC.
+        self.weights = weights / np.add.reduceat(weights, self.starts)[self.norm] / len(norms)
+
+    def least_squares(self) -> np.ndarray:
+        """Constants of the least relative errors."""
+        values = np.zeros(self.matrix.shape[1])
+        scale = np.sqrt(self.weights)
+        for kind, span in self.spans.items():
+            own = [timing.kind == kind for timing in self.timings]
+            values[span], _ = nnls(self.matrix[own, span] * (scale / self.times)[own, None], scale[own])
+        return values
+
+    def objective(self, values: np.ndarray) -> float:
+        """The loss of time by the plans of the least estimates, and the estimates' error."""
+        estimates = self.matrix @ values
+        members = np.split(estimates, self.starts[1:])
+        chosen = self.starts + [int(np.argmin(each)) for each in members]
+        return float(self.loss[chosen].mean()) + ERROR_WEIGHT * self.error(values) ** 2
+
+    def error(self, values: np.ndarray) -> float:
+        logarithms = np.log(np.maximum(self.matrix @ values, LEAST_ESTIMATE) / self.times)
+        return float(np.sqrt(self.weights @ logarithms**2))
+
+    def softened(self, values: np.ndarray, softness: float) -> Tuple[float, np.ndarray]:
+        """The objective, and its gradient, were plans chosen by chance: the likelier, the lower their estimates.
+
+        The chances are those of a softmax of -log(estimate) / softness among a norm's plans.
+        """
+        estimates = np.maximum(self.matrix @ values, LEAST_ESTIMATE)
+        scores = -np.log(estimates) / softness
+        chances = np.exp(scores - np.maximum.reduceat(scores, self.starts)[self.norm])
+        chances /= np.add.reduceat(chances, self.starts)[self.norm]
+        losses = np.add.reduceat(chances * self.loss, self.starts)
+        errors = np.log(estimates / self.times)
+        value = losses.mean() + ERROR_WEIGHT * (self.weights @ errors**2)
+        by_logarithm = chances * (losses[self.norm] - self.loss) / (softness * len(losses))
+        by_logarithm += 2 * ERROR_WEIGHT * self.weights * errors
+        return float(value), self.matrix.T @ (by_logarithm / estimates)
+
+
+def fit(timings: Sequence[Timing], softness: Sequence[float] = SOFTNESS) -> Fit:
+    """Constants that choose well, and whose estimates are not far off.
+
+    The fit starts from non-negative least squares, which weighs errors that change no choice like those that do. From
+    there it descends on the loss of time by the choices, which are softened for the sake of a gradient and become sharp
+    step by step. Of each step's constants, as rounded, those are kept that choose best by the sharp rule.
     """
-    times = np.array([timing.median_us for timing in timings])
-    matrices = {
-        kind: (np.array(members), np.array([features(timings[i]) for i in members], dtype=np.float64))
-        for kind in KINDS
-        if (members := [i for i, timing in enumerate(timings) if timing.kind == kind])
-    }
-    by_norm: Dict[Norm, List[int]] = {}
-    for i, timing in enumerate(timings):
-        by_norm.setdefault(timing.norm, []).append(i)
-    norms = [np.array(members) for members in by_norm.values()]
-    weights = np.empty(len(timings))
-    for members in norms:
-        slowness = times[members] / times[members].min()
-        weights[members] = np.select([slowness < 1.2, slowness < 1.6], [1.0, 0.5], 0.1)
-    best: Optional[Fit] = None
-    for _ in range(rounds):
-        constants, estimates = _solve(matrices, times, weights)
-        choices = []
-        for members in norms:
-            chosen = members[np.argmin(estimates[members])]
-            fastest = members[np.argmin(times[members])]
-            choices.append(Choice(timings[chosen], float(estimates[chosen]), timings[fastest]))
-            slow = times[members] > 1.02 * times[fastest]
-            if times[chosen] > 1.02 * times[fastest]:
-                weights[members[slow & (estimates[members] <= estimates[fastest])]] *= 1.35
-                weights[fastest] *= 1.6
-        found = Fit(constants, choices)
-        if best is None or found.mean_ratio < best.mean_ratio:
-            best = found
-    if best is None:
-        raise ValueError(f"rounds: {rounds}, at least one is wanted")
-    return best
+    table = _Table(timings)
+    values = table.least_squares()
+    found = [np.round(values, 3)]
+    for each in softness:
+        bounds = [(0, None)] * len(values)
+        options = {"maxiter": 300, "maxfun": 600}
+        values = minimize(table.softened, values, (each,), "L-BFGS-B", jac=True, bounds=bounds, options=options).x
+        found.append(np.round(values, 3))
+    best = min(found, key=table.objective)
+    constants = {kind: best[span] for kind, span in table.spans.items()}
+    return Fit(constants, choose(timings, constants), table.error(best))
 
 
-def _solve(
-    matrices: Dict[Kind, Tuple[np.ndarray, np.ndarray]], times: np.ndarray, weights: np.ndarray
-) -> Tuple[Dict[Kind, np.ndarray], np.ndarray]:
-    """The constants of each kind, rounded as they are written, and the estimates of all plans by them."""
-    constants = {}
-    estimates = np.empty(len(times))
-    for kind, (members, matrix) in matrices.items():
-        scale = weights[members] / times[members]
-        solution, _ = nnls(matrix * scale[:, None], weights[members])
-        constants[kind] = np.round(solution, 3)
-        estimates[members] = matrix @ constants[kind]
-    return constants, estimates
+def choose(timings: Sequence[Timing], constants: Dict[Kind, np.ndarray]) -> List[Choice]:
+    """What these constants choose for each norm; plans of a kind without constants are not chosen."""
+    choices = []
+    for members in _by_norm(timings):
+        estimates = [
+            float(np.dot(features(timing), constants[timing.kind])) if timing.kind in constants else np.inf
+            for timing in members
+        ]
+        chosen = int(np.argmin(estimates))
+        fastest = min(members, key=lambda timing: timing.median_us)
+        choices.append(Choice(members[chosen], estimates[chosen], fastest))
+    return choices
+
+
+def held_out(timings: Sequence[Timing], folds: int = FOLDS) -> List[Choice]:
+    """What constants choose for norms that they are not fitted to: every fifth size, in both layouts, left out in turn.
+
+    Raises
+    ------
+    TableError
+        The table has fewer sizes than folds.
+    """
+    sizes = list(dict.fromkeys(timing.norm[:3] for timing in timings))
+    if len(sizes) < folds:
+        raise TableError(f"{len(sizes)} sizes: at least {folds} are wanted to leave one in {folds} out")
+    choices: List[Choice] = []
+    for fold in range(folds):
+        left = set(sizes[fold::folds])
+        rest = fit([timing for timing in timings if timing.norm[:3] not in left])
+        choices += choose([timing for timing in timings if timing.norm[:3] in left], rest.constants)
+    return choices
+
+
+def _by_norm(timings: Sequence[Timing]) -> List[List[Timing]]:
+    norms: Dict[Norm, List[Timing]] = {}
+    for timing in timings:
+        norms.setdefault(timing.norm, []).append(timing)
+    return list(norms.values())
 
 
 def describe(result: Fit, slowest: int = 5) -> str:
@@ -293,13 +372,12 @@ def describe(result: Fit, slowest: int = 5) -> str:
             )
         else:
             lines.append(f"// {name}: no such plan was timed; leave its {len(members)} constants as they are.")
+    lines += ["", _summary(result.choices)]
+    layouts = sorted({choice.chosen.layout for choice in result.choices})
+    for layout in layouts if len(layouts) > 1 else []:
+        lines.append(f"of these {_summary([one for one in result.choices if one.chosen.layout == layout], layout)}")
+    lines.append(f"the estimates are {100 * result.error:.0f} % off (root mean square, slow plans weigh little)")
     ordered = sorted(result.choices, key=lambda choice: -choice.ratio)
-    total = sum(choice.chosen.median_us for choice in ordered) / sum(choice.fastest.median_us for choice in ordered)
-    lines += [
-        "",
-        f"{len(ordered)} norms: the plans chosen take {result.mean_ratio:.3f} x the time of the fastest in the mean,"
-        f" {ordered[0].ratio:.2f} x at worst, {total:.3f} x in the sum",
-    ]
     for choice in ordered[:slowest]:
         batch, channels, pixels, layout = choice.chosen.norm
         lines.append(
@@ -310,15 +388,36 @@ def describe(result: Fit, slowest: int = 5) -> str:
     return "\n".join(lines)
 
 
+def _summary(choices: Sequence[Choice], what: str = "norms") -> str:
+    total = sum(choice.chosen.median_us for choice in choices) / sum(choice.fastest.median_us for choice in choices)
+    return (
+        f"{len(choices)} {what}: the plans chosen take {mean_ratio(choices):.3f} x the time of the fastest in the mean,"
+        f" {max(choice.ratio for choice in choices):.2f} x at worst, {total:.3f} x in the sum"
+    )
+
+
+def describe_held_out(timings: Sequence[Timing]) -> str:
+    """How good the choices are for norms left out of the fit, or why that is not known."""
+    try:
+        choices = held_out(timings)
+    except TableError as error:
+        return f"not known how well constants choose for norms left out of the fit ({error})"
+    worst = max(choices, key=lambda choice: choice.ratio)
+    batch, channels, pixels, layout = worst.chosen.norm
+    return (
+        f"left out of the fit, every {FOLDS}th size in turn, {_summary(choices)}"
+        f" (worst: {batch} x {channels} x {pixels} {layout})"
+    )
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plans", type=Path, help="the table that `kernel_check --plans` wrote on the GPU")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of fitting with new weights (default {ROUNDS})")
     args = parser.parse_args(argv)
-    if args.rounds < 1:
-        parser.error(f"--rounds must be at least 1, got {args.rounds}")
     try:
-        print(describe(fit(read_timings(args.plans), args.rounds)))
+        timings = read_timings(args.plans)
+        print(describe(fit(timings)), flush=True)
+        print(f"\n{describe_held_out(timings)}")
     except (OSError, TableError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -7,12 +7,14 @@ first, `images`, which times whole calls, `parts`, which times the stages of an 
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 from benchmarks.chain import Chain
-from benchmarks.device import busy_microseconds, kind_of, process_mebibytes, used_mebibytes
+from benchmarks.device import busy_microseconds, kind_of, process_mebibytes, torch_settings, used_mebibytes
+from benchmarks.tile_sizes import ScaledTables
 from cldm.config import load_config
 from cldm.image import canny_map, resize_image, target_size, to_three_channels
 from cldm.request import Request
@@ -21,6 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PROMPT = ("a bird", "best quality, extremely detailed", "longbody, lowres, bad anatomy, bad hands, missing fingers")
 SEED = 2946901
 MEBIBYTE = 1 << 20
+# Runs of a graph in the CUDA graph that is timed, so that the launch of the latter does not count.
+CALLS = {"hint": 10, "step": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +37,10 @@ class Job:
         Images a call.
     backend, precision, device, build_dir : str, optional
         As `hackathon.initialize` takes them.
-    compiled : bool
-        Of a diffusers pipeline: whether its networks are compiled.
+    scaled_from : str, optional
+        Of ours: the build folder whose tile sizes, scaled to the images a call, stand in for a tuning of its own.
+    compiled : str, optional
+        Of a diffusers pipeline: the mode of torch.compile for its networks, which else run eagerly.
     """
 
     model: str
@@ -47,7 +53,8 @@ class Job:
     precision: Optional[str] = None
     device: Optional[str] = None
     build_dir: Optional[str] = None
-    compiled: bool = False
+    scaled_from: Optional[str] = None
+    compiled: Optional[str] = None
 
     @property
     def request(self) -> Request:
@@ -171,6 +178,7 @@ class Ours:
         from canny2image_TRT import hackathon
 
         imported = time.perf_counter()
+        tables = self._scaled_tables()
         self._hackathon = hackathon()
         self._hackathon.initialize(
             job.model,
@@ -197,7 +205,18 @@ class Ours:
             "width": self._width,
             "import_seconds": imported - start,
             "initialise_seconds": ready - imported,
+            "tile_sizes": None if tables is None else tables.describe(),
+            **torch_settings(),
         }
+
+    def _scaled_tables(self) -> Optional[ScaledTables]:
+        """Where the job wants them and the fused networks, which alone read them, can run."""
+        from runtime.fused.build import fused_problem
+
+        job = self._job
+        if job.scaled_from is None or job.build_dir is None or fused_problem(*job.fixed_place()) is not None:
+            return None
+        return ScaledTables(Path(job.scaled_from), Path(job.build_dir), str(job.device), job.samples)
 
     def images(self, count: int) -> List[float]:
         """Milliseconds of each of `count` calls of `process`, copies and host work included."""
@@ -220,24 +239,20 @@ class Ours:
     def memory(self) -> Optional[Dict[str, Any]]:
         return self._memory.measure(self._device)
 
-    def parts(self, repeats: int) -> Dict[str, List[float]]:
-        """Milliseconds of each graph alone, by name, and of the whole "chain" of text, hint, steps and decode.
+    def stages(self) -> List[str]:
+        """What `stage` can time; on a GPU also the "chain" of text, hint, steps and decode, on a CPU an image."""
+        names = [*self._graphs().stages()]
+        return [*names, "chain"] if self._device.startswith("cuda") else names
 
-        On a GPU each is replayed as a CUDA graph of its own and timed with events.
-        """
-        stages = {**self._graphs().stages(), "chain": lambda i: self._graphs().enqueue()}
+    def stage(self, name: str, repeats: int) -> List[float]:
+        """Milliseconds of one graph alone. On a GPU it is replayed as a CUDA graph of its own and timed by events."""
+        call = (lambda i: self._graphs().enqueue()) if name == "chain" else self._graphs().stages()[name]
         if not self._device.startswith("cuda"):
-            del stages["chain"]  # it would be what an image is
-            return {name: time_calls(lambda call=call: call(0), repeats + 1)[1:] for name, call in stages.items()}
+            return time_calls(lambda: call(0), repeats + 1)[1:]
         from benchmarks.group_norm import capture
 
-        spent = {}
-        for name, call in stages.items():
-            calls = 2 if name == "step" else 1
-            graph = capture(call, calls)
-            spent[name] = time_replays(graph, calls, repeats)
-            del graph
-        return spent
+        calls = CALLS.get(name, 1)
+        return time_replays(capture(call, calls), calls, repeats)
 
     def host(self, repeats: int) -> Dict[str, List[float]]:
         """Milliseconds of what the host does for an image, each thing alone.
@@ -283,6 +298,9 @@ class Ours:
     def kernels(self) -> Dict[str, Any]:
         """Device time by kernel of one guided step, from a profile of one replay of its CUDA graph.
 
+        A kernel that was launched before the one ahead of it ended (programmatic launch) counts from then on, waiting
+        included: the sum is more than the step takes, and "busy" is the step.
+
         Returns
         -------
         dict
@@ -300,13 +318,19 @@ class Ours:
 
         from benchmarks.group_norm import capture
 
+        # The tracer must stay while there are CUDA graphs, and be there before the one that it looks into.
+        os.environ.update(TEARDOWN_CUPTI="0", DISABLE_CUPTI_LAZY_REINIT="1")
+        activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+        with profile(activities=activities):
+            torch.zeros(1, device=self._device)
+            synchronise(self._device)
         graph = capture(self._graphs().stages()["step"], 1)
-        for _ in range(2):  # the first profile of a process also pays for the profiler's own start
+        for _ in range(2):  # the first also pays for what the tracer sets up for a graph
             graph.replay()
             synchronise(self._device)
-            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            with profile(activities=activities) as profiler:
                 graph.replay()
-                torch.cuda.synchronize(self._device)
+                synchronise(self._device)
         events = [
             (event.name, event.time_range.start, event.time_range.end)
             for event in profiler.events()
@@ -388,7 +412,7 @@ class EagerGraphs:
         del model  # in half precision the graphs have copies
         self._chain = make_chain(job.request, self._image, self, sessions)
         summary = f"the deployable graphs by PyTorch, eager, on {self.device} in {precision}"
-        return {"summary": summary, "device": self.device, "precision": precision}
+        return {"summary": summary, "device": self.device, "precision": precision, **torch_settings()}
 
     def _run(self, mark: Callable[[str], None] = lambda stage: None) -> Any:
         from cldm.noise import draw_noise

@@ -135,6 +135,7 @@ class Device:
             "cores": available_cores(),
             "threads": torch.get_num_threads(),
             **{name: version for name, version in versions.items() if version is not None},
+            **torch_settings(),
         }
 
     def rates(self, rounds: int) -> Dict[str, Any]:
@@ -155,6 +156,17 @@ class Device:
         graph = capture(lambda i: torch.mm(a, b, out=out), PRODUCTS)
         microseconds = time_in_turn({"product": graph}, PRODUCTS, rounds)["product"].median
         return 2.0 * CUBE**3 / (microseconds * 1e-6)
+
+
+def torch_settings() -> Dict[str, Any]:
+    """What PyTorch may do beyond the arithmetic asked for; contenders leave it as it is unless they say so."""
+    import torch
+
+    return {
+        "tf32_products": torch.backends.cuda.matmul.allow_tf32,
+        "tf32_convolutions": torch.backends.cudnn.allow_tf32,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+    }
 
 
 def _version(package: str) -> Optional[str]:

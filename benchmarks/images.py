@@ -1,50 +1,101 @@
 #!/usr/bin/env python3
 """The time of an image: whole, by stage, on the host, by kernel, against a floor and against peers, in one run.
 
-Every contender works in a process of its own, and one that fails costs its own rows only. Results go to a JSON file
-after each section, and at the end to plots beside it.
+Every contender works in a process of its own, and one that fails costs its own rows only. Results go to a JSON file,
+and as text to one beside it, after each section; plots follow at the end. With --only, sections that such a file has
+already stay in it.
 
-Sections: floor (what the card can do, and the graphs' work), images (whole calls of `process`, first and later, and
-memory), stages (each graph alone), host (what the processor does), kernels (device time of one guided step by kernel),
-peers (in turn with ours), throughput (several images a call), start-up (initialise without and with what an earlier one
-left), plots.
+Sections, the most wanted first: floor (what the card can do, and the graphs' work), images (whole calls of `process`,
+first and later, and memory), stages (each graph alone), host (what the processor does), peers (others' pipelines, in
+turn with ours), start-up (initialise without and with what an earlier one left), throughput (several images a call),
+kernels (device time of one guided step by kernel), variants (our graphs run in other ways, in turn with ours), plots.
+On a GPU none begins that would hardly end within the budget.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
+import importlib.util
+import json
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.report import SPREAD, Spread, as_json, bars, curve, number, table  # noqa: E402
+from benchmarks.report import Spread, as_json, from_json  # noqa: E402
+from benchmarks.shown import ON_CPU, draw, show_about, show_report, show_section, write_plots  # noqa: E402
 from benchmarks.workers import Worker, WorkerError  # noqa: E402
 
-SECTIONS = ("floor", "images", "stages", "host", "kernels", "peers", "throughput", "start-up", "plots")
+SECTIONS = (
+    "floor",
+    "images",
+    "stages",
+    "host",
+    "peers",
+    "start-up",
+    "throughput",
+    "kernels",
+    "variants",
+    "plots",
+)
 OURS = "benchmarks.contenders:Ours"
-# Contender, and what its job has beside ours.
-PEERS: Dict[str, Any] = {
-    "diffusers-eager": ("benchmarks.peers:Diffusers", {}),
-    "diffusers-compiled": ("benchmarks.peers:Diffusers", {"compiled": True}),
-    "ours-eager": ("benchmarks.contenders:EagerGraphs", {}),
-    "ours-onnxruntime": (OURS, {"backend": "onnxruntime", "device": "cpu", "precision": "fp32"}),
+DEVICE = "benchmarks.device:Device"
+DIFFUSERS = "benchmarks.peers:Diffusers"
+
+
+class Peer(NamedTuple):
+    """A contender beside ours.
+
+    Attributes
+    ----------
+    options : mapping
+        What its job has beside ours.
+    package : str
+        That it needs.
+    seconds : float
+        About what all of it takes on an H200 with SD1.5.
+    """
+
+    contender: str
+    options: Mapping[str, Any]
+    package: str
+    seconds: float
+
+
+PEERS: Dict[str, Peer] = {
+    "diffusers-compiled": Peer(DIFFUSERS, {"compiled": "reduce-overhead"}, "diffusers", 170.0),
+    "diffusers-eager": Peer(DIFFUSERS, {}, "diffusers", 50.0),
+    "diffusers-max-autotune": Peer(DIFFUSERS, {"compiled": "max-autotune"}, "diffusers", 500.0),
+    "ours-eager": Peer("benchmarks.contenders:EagerGraphs", {}, "torch", 45.0),
+    "ours-onnxruntime": Peer(
+        OURS, {"backend": "onnxruntime", "device": "cpu", "precision": "fp32"}, "onnxruntime", 250.0
+    ),
 }
-ON_CPU = "not measured on a CPU"
-PEER_SECONDS = 15.0  # for the timed images of one peer, which at least MIN_PEER images may exceed
-MIN_PEER, ROUNDS = 5, 3
+GPU_PEERS, CPU_PEERS = "diffusers-compiled,diffusers-eager,ours-eager", "ours-eager"
+# About what the other sections take there; for throughput each number of images, tuned or not.
+SECONDS = {"floor": 5.0, "images": 110.0, "stages": 10.0, "host": 10.0, "start-up": 30.0, "kernels": 15.0}
+SAMPLES_SECONDS, TUNED_SECONDS = 35.0, 240.0
+# A section that takes this much longer than expected is stuck.
+PATIENCE, GRACE = 1.5, 30.0
+IMAGES_SECONDS = 60.0  # for the timed images of ours, where a GPU is slow
+PEER_SECONDS = 12.0  # for those of one peer
+MIN_IMAGES, ROUNDS = 5, 3
 PART_REPEATS = 5  # of a peer's stages, each of which waits for the device
-TOP_KERNELS = 25
 COPY_ROUNDS = 11
-# Where compilers keep what they make: in the start-up section below a folder that is empty at first.
+MOST_FAILURES = 2  # starts of ours
+# Where compilers keep what they make: for the start-up section in a folder that is empty at first.
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
+# What must agree before sections of two runs may stand in one file.
+SAME = ("model", "random_weights", "precision", "steps", "resolution", "picture", "backend", "device", "torch")
 
 
 def parse_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
@@ -64,7 +115,15 @@ def parse_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, help="timed images; default 200 on a GPU, 7 on a CPU")
     parser.add_argument("--warm-up", type=int, help="images before those; default 10 on a GPU, 1 on a CPU")
     parser.add_argument("--samples", default="1,2,4,8", help="images a call of the throughput section (%(default)s)")
-    parser.add_argument("--peers", help=f"of {names}, or none; default on a GPU the first three, on a CPU ours-eager")
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="measure tile sizes for each number of samples, minutes each, instead of scaling those for one image",
+    )
+    parser.add_argument(
+        "--peers",
+        help=f"of {names}, or none; default on a GPU {GPU_PEERS}, on a CPU {CPU_PEERS}",
+    )
     parser.add_argument("--only", default=",".join(SECTIONS), metavar="SECTION,...", help="sections to run")
     parser.add_argument("--budget-seconds", type=float, default=600.0, help="none starts or goes on after it")
     parser.add_argument("--picture", type=Path, help="default: the first of pictures/")
@@ -79,10 +138,9 @@ def settle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argpars
 
     ensure_environment(["torch", "cv2", "transformers", "numpy"])
     from cldm.config import load_config
-    from runtime.choose import choose_model, cuda_problem
+    from runtime.choose import choose_model
 
-    on_cuda = cuda_problem() is None if args.device is None else args.device.startswith("cuda")
-    args.device = _see_one_card(args.device) if on_cuda else "cpu"
+    on_cuda = _settle_device(parser, args)
     args.precision = args.precision or ("fp16" if on_cuda else "fp32")
     args.model = args.model or ("sd15" if on_cuda else "tiny")
     try:
@@ -97,7 +155,7 @@ def settle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argpars
     if args.warm_up is None:
         args.warm_up = 10 if on_cuda else 1
     if args.peers is None:
-        args.peers = "diffusers-eager,diffusers-compiled,ours-eager" if on_cuda else "ours-eager"
+        args.peers = GPU_PEERS if on_cuda else CPU_PEERS
     args.peers = [] if args.peers == "none" else args.peers.split(",")
     args.only = args.only.split(",")
     for what, given, known in (("peer", args.peers, PEERS), ("section", args.only, SECTIONS)):
@@ -111,32 +169,71 @@ def settle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argpars
         parser.error(f"there is no picture {args.picture}")
     kind = "cuda" if on_cuda else "cpu"
     args.output = args.output or args.build_dir / "benchmarks" / f"images-{config.name}-{kind}.json"
+    if args.output.suffix != ".json":
+        parser.error(f"--output is to be a JSON file, not {args.output}")
     return args
 
 
-def _see_one_card(device: Optional[str]) -> str:
-    """Let this process and its workers see the card of "cuda:1" and the like alone, as "cuda"."""
-    index = int((device or "").partition(":")[2] or 0)
+def _settle_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> bool:
+    """Whether a CUDA device is to be used; of several, this process and its workers then see that one, as "cuda"."""
+    from runtime.choose import cuda_problem
+
+    problem = cuda_problem()
+    kind, _, index = (args.device or ("cpu" if problem else "cuda")).partition(":")
+    if kind not in ("cpu", "cuda") or not (index or "0").isdigit():
+        parser.error(f"--device is cpu, cuda or cuda:1 and the like, not {args.device}")
+    args.device = kind
+    if kind == "cpu":
+        return False
+    if problem:
+        parser.error(f"--device cuda: {problem}")
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[index] if seen else str(index)
-    return "cuda"
+    cards = seen.split(",") if seen else None
+    if cards and int(index or 0) >= len(cards):
+        parser.error(f"--device cuda:{index}: CUDA_VISIBLE_DEVICES is {seen}")
+    os.environ["CUDA_VISIBLE_DEVICES"] = cards[int(index or 0)] if cards else index or "0"
+    return True
 
 
 class Benchmark:
     """One run: its settings, its workers, and what was found so far.
 
+    Parameters
+    ----------
+    args : argparse.Namespace
+    start : float, optional
+        When the budget began, by `time.monotonic`; default now.
+
     Attributes
     ----------
     results : dict
-        "about", and for each section what it measured or {"error": ...}; and the "seconds" that each took.
+        "about", and for each of "sections" what it measured or {"error": ...}; and by section the "seconds" that it
+        took and when it ended, "at".
+    failed : list of str
+        Sections of this run.
+    rates : dict or None
+        What the card can do, or {"error": ...}.
+    begun : dict
+        Of the first start of ours: "prepared", "memory" at rest after it, and "first_image".
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, start: Optional[float] = None) -> None:
         self.args = args
-        self.results: Dict[str, Any] = {"about": {}, "sections": {}, "seconds": {}}
-        self._end = time.monotonic() + args.budget_seconds
+        self.results: Dict[str, Any] = {"about": {}, "sections": {}, "seconds": {}, "at": {}}
+        self._end = (time.monotonic() if start is None else start) + args.budget_seconds
+        self._until = self._end
         self._ours: Optional[Worker] = None
+        self._failures: List[str] = []
         self._started = 0
+        self.failed: List[str] = []
+        self.rates: Optional[Dict[str, Any]] = None
+        self.begun: Dict[str, Any] = {}
+        # For what is made anew and thrown away; beside the build, as it may be large.
+        self.folder = args.build_dir / "benchmarks" / "work"
+        shutil.rmtree(self.folder, ignore_errors=True)
+        plans = any(args.build_dir.glob("*/*.plan"))  # of TensorRT: they are not made here, so ours must find them
+        self.had_operator = any((ROOT / "build" / "plugins").glob("torch_operator-*.so"))
+        self.from_nothing = "start-up" in args.only and args.backend != "tensorrt" and not plans
 
     @property
     def on_cuda(self) -> bool:
@@ -144,8 +241,31 @@ class Benchmark:
 
     @property
     def left(self) -> float:
-        """Seconds of the budget."""
-        return self._end - time.monotonic()
+        """Seconds of the budget, or of what the section may take of it."""
+        return self._until - time.monotonic()
+
+    @contextlib.contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        """What takes about so long on an H200, and on it may not take much more; on a CPU the budget alone counts.
+
+        Raises
+        ------
+        WorkerError
+            So much is not left.
+        """
+        expected = seconds if self.on_cuda else 0.0
+        if self.left <= expected:
+            raise WorkerError(
+                f"not begun: it takes some {expected:.0f} s, and of the {self.args.budget_seconds:.0f} s"
+                f" {max(0.0, self.left):.0f} are left"
+            )
+        before = self._until
+        if expected:
+            self._until = min(before, time.monotonic() + PATIENCE * expected + GRACE)
+        try:
+            yield
+        finally:
+            self._until = before
 
     def job(self, **instead: Any) -> Dict[str, Any]:
         """The options of a contender."""
@@ -159,9 +279,21 @@ class Benchmark:
             "backend": args.backend,
             "precision": args.precision,
             "device": args.device,
-            "build_dir": str(args.build_dir),
+            "build_dir": str(self.build_dir),
         }
         return {**job, **instead}
+
+    @property
+    def build_dir(self) -> Path:
+        """Of ours: where the start-up is measured one that is empty at first."""
+        return Path(self.folder / "build" if self.from_nothing else self.args.build_dir)
+
+    def caches(self) -> Dict[str, str]:
+        """Variables that keep what ours compiles in one place, whatever its build folder."""
+        if self.from_nothing:
+            return {name: str((self.folder / name.lower()).resolve()) for name in CACHES}
+        kept = os.environ.get("TRITON_CACHE_DIR") or str((self.build_dir / "triton").resolve())
+        return {"TRITON_CACHE_DIR": kept}
 
     @contextlib.contextmanager
     def worker(
@@ -179,44 +311,112 @@ class Benchmark:
     ) -> Worker:
         self._started += 1
         log = self.args.output.parent / "logs" / f"{self._started:02}-{contender.split(':')[1].lower()}.log"
-        # Every step counts here, whatever speed the user has set for other purposes.
-        return Worker(contender, options, log, {"HACKATHON_SPEED": "exact", **(environment or {})})
+        # Every step counts here, whatever speed the user has set for other purposes; and no network is waited for.
+        fixed = {"HACKATHON_SPEED": "exact", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+        return Worker(contender, options, log, {**fixed, **(environment or {})})
 
     def ask(self, worker: Worker, what: str, **arguments: Any) -> Any:
-        """`Worker.ask` within what is left of the budget."""
-        return worker.ask(what, self.left, **arguments)
+        """`Worker.ask` within what is left. After an error of CUDA a process is of no more use, and is ended."""
+        try:
+            return worker.ask(what, self.left, **arguments)
+        except WorkerError as error:
+            if "CUDA error" in str(error):
+                worker.close()
+            raise
 
     def ours(self) -> Worker:
-        """Our pipeline's worker, prepared; several sections share it, and after it died a new one is made."""
-        if self._ours is None or not self._ours.alive:
-            if self._ours is not None:
-                self._ours.close()
-            self._ours = self._start(OURS, self.job())
-            self.results["about"]["ours"] = self.ask(self._ours, "prepare")
-        return self._ours
+        """Our pipeline's worker, prepared; several sections share it, and after it died a new one is made.
+
+        The time of a start is not the section's that happens to be the first to need it.
+        """
+        if self._ours is not None and self._ours.alive:
+            return self._ours
+        if len(self._failures) >= MOST_FAILURES:
+            raise WorkerError(f"ours is not started again: {self._failures[-1]}")
+        before, start = self._until, time.monotonic()
+        self._until = self._end
+        try:
+            with self.within(0.0 if self.begun else SECONDS["images"]):
+                return self._start_ours()
+        except WorkerError as error:
+            self._failures.append(str(error))
+            self.close_ours()
+            raise
+        finally:
+            self._until = min(self._end, before + time.monotonic() - start)
+
+    def _start_ours(self) -> Worker:
+        self.close_ours()
+        worker = self._ours = self._start(OURS, self.job(), self.caches())
+        prepared = self.ask(worker, "prepare")
+        memory = self.ask(worker, "memory")
+        first = self.ask(worker, "images", count=1)[0]
+        self.begun = self.begun or {"prepared": prepared, "memory": memory, "first_image": first}
+        self.results["about"]["ours"] = prepared
+        return worker
+
+    def close_ours(self) -> None:
+        if self._ours is not None:
+            self._ours.close()
+        self._ours = None
 
     def section(self, name: str, run: Callable[[Benchmark], Dict[str, Any]]) -> None:
         """Run a section and save its result, or why there is none."""
         start = time.monotonic()
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        if self.left <= 0:
-            found: Dict[str, Any] = {"error": f"not begun: the {self.args.budget_seconds:.0f} s were over"}
-        else:
-            found = attempt(lambda: run(self))
-        self.results["sections"][name] = found
+        print(f"{name} ... ({max(0.0, self.left):.0f} s left)", file=sys.stderr, flush=True)
+        found = attempt(lambda: self._run(name, run))
+        sections = self.results["sections"]
+        if "error" in found:
+            self.failed.append(name)
+        if "error" in found and "error" not in sections.get(name, found):
+            print(f"\n{name} failed, so an earlier result stays: {found['error']}", flush=True)
+            return
+        sections[name] = found
         self.results["seconds"][name] = time.monotonic() - start
+        self.results["at"][name] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         self.save()
-        print(f"\n== {name} ({self.results['seconds'][name]:.1f} s)")
-        print(f"failed: {found['error']}" if "error" in found else show(name, found), flush=True)
+        print(f"\n{show_section(name, self.results)}", flush=True)
+
+    def _run(self, name: str, run: Callable[[Benchmark], Dict[str, Any]]) -> Dict[str, Any]:
+        if name == "plots":  # they take no time, and are of what there is
+            return run(self)
+        with self.within(SECONDS.get(name, 0.0)):
+            return run(self)
 
     def save(self) -> None:
-        from cldm.files import write_json
+        """Write the JSON file and its text."""
+        from cldm.files import atomic_path, write_json
 
         write_json(self.args.output, as_json(self.results))
+        with atomic_path(self.args.output.with_suffix(".txt")) as temporary:
+            temporary.write_text(show_report(self.results, list(SECTIONS)), encoding="utf-8")
+
+    def keep_others(self) -> None:
+        """Where only some sections are to be run, take over those that the output file has.
+
+        Raises
+        ------
+        SystemExit
+            They were measured on something else, or it is no such file.
+        """
+        path = self.args.output
+        if set(self.args.only) == set(SECTIONS) or not path.is_file():
+            return
+        try:
+            stored = from_json(json.loads(path.read_text(encoding="utf-8")))
+            others = {name: stored[name] for name in ("about", "sections", "seconds", "at")}
+        except (ValueError, KeyError, TypeError) as error:
+            raise SystemExit(f"{path} is no result of this program ({error}); name another --output") from error
+        about = self.results["about"]
+        differing = [name for name in SAME if name in about and others["about"].get(name) != about[name]]
+        if others["sections"] and differing:
+            told = ", ".join(f"{name} {others['about'].get(name)} there, {about[name]} here" for name in differing)
+            raise SystemExit(f"{path} holds sections of another kind of run ({told}); name another --output")
+        self.results = {**others, "about": {**others["about"], **about}}
 
     def close(self) -> None:
-        if self._ours is not None:
-            self._ours.close()
+        self.close_ours()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def attempt(measure: Callable[[], Dict[str, Any]]) -> Dict[str, Any]:
@@ -229,19 +429,25 @@ def attempt(measure: Callable[[], Dict[str, Any]]) -> Dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
+def affordable(count: int, milliseconds: float, seconds: float) -> int:
+    """As many of `count` calls as there is time for, but a few at least."""
+    return min(count, max(MIN_IMAGES, int(1e3 * seconds / milliseconds)))
+
+
 # The sections. Times are milliseconds where their name does not say otherwise.
 
 
 def measure_about(bench: Benchmark) -> None:
-    """What runs on what. The first line of a report needs it, so it comes before all sections."""
+    """What runs on what, and the card's rates, by one process that is gone before others measure their memory."""
     args = bench.args
     about = bench.results["about"]
-    about.update(
-        {name: getattr(args, name) for name in ("model", "random_weights", "precision", "steps", "warm_up", "repeats")}
-    )
+    names = ("model", "random_weights", "precision", "steps", "resolution", "backend", "warm_up", "repeats")
+    about.update({name: getattr(args, name) for name in names}, picture=args.picture.name)
     options = {"device": args.device, "precision": args.precision}
-    with bench.worker("benchmarks.device:Device", options) as worker:
+    with bench.worker(DEVICE, options) as worker:
         about.update(attempt(lambda: bench.ask(worker, "about")))
+        if bench.on_cuda and "floor" in args.only:
+            bench.rates = attempt(lambda: bench.ask(worker, "rates", rounds=COPY_ROUNDS))
 
 
 def measure_floor(bench: Benchmark) -> Dict[str, Any]:
@@ -255,10 +461,11 @@ def measure_floor(bench: Benchmark) -> Dict[str, Any]:
     _, height, width = Job(**bench.job()).load_picture()
     work = count_work(Build(load_config(args.model), height, width, 1, args.precision), args.steps)
     found: Dict[str, Any] = {"work": {name: w._asdict() for name, w in work.items()}, "rates": None}
-    if bench.on_cuda:
-        options = {"device": args.device, "precision": args.precision}
-        with bench.worker("benchmarks.device:Device", options) as worker:
-            found["rates"] = rates = bench.ask(worker, "rates", rounds=COPY_ROUNDS)
+    rates = bench.rates
+    if rates is not None:
+        if "error" in rates:
+            raise WorkerError(rates["error"])
+        found["rates"] = rates
         floors = {name: w.floor(rates["flops_a_second"], rates["bytes_a_second"]) for name, w in work.items()}
         floors["image"] = floors["text"] + floors["hint"] + args.steps * floors["step"] + floors["decode"]
         found["milliseconds"] = floors
@@ -267,29 +474,34 @@ def measure_floor(bench: Benchmark) -> Dict[str, Any]:
 
 def measure_images(bench: Benchmark) -> Dict[str, Any]:
     args, ours = bench.args, bench.ours()
-    memory = bench.ask(ours, "memory")
-    first = bench.ask(ours, "images", count=1)[0]
+    first = last = bench.begun["first_image"]
     if args.warm_up:
-        bench.ask(ours, "images", count=args.warm_up)
-    spread = Spread.of(bench.ask(ours, "images", count=args.repeats))
+        last = bench.ask(ours, "images", count=affordable(args.warm_up, first, IMAGES_SECONDS))[-1]
+    samples = bench.ask(ours, "images", count=affordable(args.repeats, last, IMAGES_SECONDS))
+    spread = Spread.of(samples)
     receipts = bench.ask(ours, "receipts", count=PART_REPEATS)
     return {
         "image": spread,
+        "samples": samples,
         "first_image": first,
         "p95_over_median": spread.p95 / spread.median,
-        "memory": memory,
-        "receipt": {name: Spread.of(samples) for name, samples in receipts["milliseconds"].items()},
+        "memory": bench.begun["memory"],
+        "receipt": {name: Spread.of(spent) for name, spent in receipts["milliseconds"].items()},
         "sampling": receipts["sampling"],
         "warnings": receipts["warnings"],
     }
 
 
 def measure_stages(bench: Benchmark) -> Dict[str, Any]:
-    repeats = max(5, bench.args.repeats // 4) if bench.on_cuda else bench.args.repeats
-    parts = bench.ask(bench.ours(), "parts", repeats=repeats)
-    found: Dict[str, Any] = {"parts": {name: Spread.of(samples) for name, samples in parts.items()}}
+    repeats = max(MIN_IMAGES, bench.args.repeats // 4) if bench.on_cuda else bench.args.repeats
     floors = bench.results["sections"].get("floor", {}).get("milliseconds", {})
-    found["floor"] = {name: floors.get("image" if name == "chain" else name) for name in parts}
+    found: Dict[str, Any] = {"parts": {}, "floor": {}, "failed": {}}
+    for name in bench.ask(bench.ours(), "stages"):
+        try:
+            found["parts"][name] = Spread.of(bench.ask(bench.ours(), "stage", name=name, repeats=repeats))
+            found["floor"][name] = floors.get("image" if name == "chain" else name)
+        except WorkerError as error:
+            found["failed"][name] = str(error)
     return found
 
 
@@ -313,45 +525,78 @@ def measure_kernels(bench: Benchmark) -> Dict[str, Any]:
         kind = kinds.setdefault(row["kind"], {"launches": 0, "microseconds": 0.0})
         kind["launches"] += row["launches"]
         kind["microseconds"] += row["microseconds"]
-    found["kinds"] = dict(sorted(kinds.items(), key=lambda item: -item[1]["microseconds"]))
-    return found
+    return {**found, "kinds": kinds}
 
 
-def measure_peers(bench: Benchmark) -> Dict[str, Any]:
-    found: Dict[str, Any] = {}
-    for name in bench.args.peers:
+def measure_peers(bench: Benchmark, section: str) -> Dict[str, Any]:
+    """Those peers that belong to a section: ours run in other ways, or others' pipelines."""
+    names = [name for name in bench.args.peers if name.startswith("ours") == (section == "variants")]
+    found = {name: peer for name, peer in bench.results["sections"].get(section, {}).items() if isinstance(peer, dict)}
+    for name in names:
         start = time.monotonic()
         print(f"  {name} ...", file=sys.stderr, flush=True)
         found[name] = attempt(lambda name=name: measure_peer(bench, name))
         found[name]["seconds"] = time.monotonic() - start
-        bench.results["sections"]["peers"] = found
+        bench.results["sections"][section] = found
         bench.save()
-    return found
+    return found or {"note": "no such peer was asked for"}
 
 
 def measure_peer(bench: Benchmark, name: str) -> Dict[str, Any]:
     """A peer and ours in turn, so that whatever else the machine does meets both."""
-    contender, more = PEERS[name]
-    options = {**bench.job(), **more}
-    with bench.worker(contender, options) as peer:
+    contender, more, package, seconds = PEERS[name]
+    if importlib.util.find_spec(package) is None:
+        raise WorkerError(f"the package {package} is not installed")
+    with bench.within(seconds), bench.worker(contender, {**bench.job(), **more}) as peer:
         prepared = bench.ask(peer, "prepare")
         first = bench.ask(peer, "images", count=2)  # the second tells how many there is time for
-        count = int(min(bench.args.repeats, max(MIN_PEER, 1e3 * PEER_SECONDS / first[1])))
-        times: Dict[str, List[float]] = {"peer": [], "ours": []}
-        for turn in range(ROUNDS):
-            share = count * (turn + 1) // ROUNDS - count * turn // ROUNDS
-            if share:
-                times["ours"] += bench.ask(bench.ours(), "images", count=share)
-                times["peer"] += bench.ask(peer, "images", count=share)
-        spreads = {who: Spread.of(samples) for who, samples in times.items()}
-        found = {**spreads, "summary": prepared["summary"], "initialise_seconds": prepared.get("initialise_seconds")}
-        found["ratio"] = spreads["peer"].median / spreads["ours"].median
-        found["memory"] = bench.ask(peer, "memory")
-        parts = bench.ask(peer, "parts", repeats=PART_REPEATS)
-        found["parts"] = {part: Spread.of(samples) for part, samples in parts.items()}
-        if name.startswith("ours"):  # diffusers has other weights
+        found = time_in_turn(bench, peer, affordable(bench.args.repeats, first[1], PEER_SECONDS))
+        found.update(prepared, memory=bench.ask(peer, "memory"), parts=measure_parts(bench, peer))
+        if name.startswith("ours") and found["ours"] is not None:  # diffusers has other weights
             found["latent_error"] = relative_error(bench.ask(peer, "latent"), bench.ask(bench.ours(), "latent"))
     return found
+
+
+def measure_parts(bench: Benchmark, peer: Worker) -> Dict[str, Spread]:
+    """A peer's stages; where it is another `Ours`, each alone."""
+    if peer.contender == OURS:
+        names = bench.ask(peer, "stages")
+        parts = {name: bench.ask(peer, "stage", name=name, repeats=PART_REPEATS) for name in names}
+    else:
+        parts = bench.ask(peer, "parts", repeats=PART_REPEATS)
+    return {name: Spread.of(samples) for name, samples in parts.items()}
+
+
+def time_in_turn(bench: Benchmark, peer: Worker, count: int) -> Dict[str, Any]:
+    """`count` images of a peer and of ours in a few rounds; where ours fails the peer's count all the same.
+
+    Returns
+    -------
+    dict
+        peer, ours: Spreads, the latter None without ours; ratio of the medians; samples; drift: how far apart the
+        medians of the rounds are, relative to the lowest; ours_problem: why ours failed, or None.
+    """
+    rounds: Dict[str, List[List[float]]] = {"peer": [], "ours": []}
+    problem = None
+    for turn in range(ROUNDS):
+        share = count * (turn + 1) // ROUNDS - count * turn // ROUNDS
+        if not share:
+            continue
+        try:
+            rounds["ours"].append(bench.ask(bench.ours(), "images", count=share))
+        except WorkerError as error:
+            problem = str(error)
+        rounds["peer"].append(bench.ask(peer, "images", count=share))
+    samples = {who: [value for values in parts for value in values] for who, parts in rounds.items() if parts}
+    spreads = {who: Spread.of(values) for who, values in samples.items()}
+    drift = {}
+    for who in samples:
+        medians = [Spread.of(values).median for values in rounds[who]]
+        drift[who] = max(medians) / min(medians) - 1
+    ours = spreads.get("ours")
+    ratio = None if ours is None else spreads["peer"].median / ours.median
+    told = {"ours_problem": problem, "ratio": ratio, "drift": drift, "samples": samples}
+    return {"peer": spreads["peer"], "ours": ours, **told}
 
 
 def relative_error(values: Sequence[float], reference: Sequence[float]) -> float:
@@ -362,223 +607,60 @@ def relative_error(values: Sequence[float], reference: Sequence[float]) -> float
 
 
 def measure_throughput(bench: Benchmark) -> Dict[str, Any]:
-    return {"rows": [{"samples": n, **attempt(lambda n=n: measure_samples(bench, n))} for n in bench.args.samples]}
+    before = bench.results["sections"].get("throughput", {}).get("rows", [])
+    rows = {row["samples"]: row for row in before if row["samples"] not in bench.args.samples}
+    for samples in bench.args.samples:
+        print(f"  {samples} ...", file=sys.stderr, flush=True)
+        rows[samples] = {"samples": samples, **attempt(lambda samples=samples: measure_samples(bench, samples))}
+        bench.results["sections"]["throughput"] = found = {"rows": [rows[key] for key in sorted(rows)]}
+        bench.save()
+    return found
 
 
 def measure_samples(bench: Benchmark, samples: int) -> Dict[str, Any]:
     """Whole calls that make several images at a time, in a process of their own."""
-    print(f"  {samples} ...", file=sys.stderr, flush=True)
-    with bench.worker(OURS, bench.job(samples=samples)) as worker:
-        bench.ask(worker, "prepare")
-        bench.ask(worker, "images", count=max(1, bench.args.warm_up // 2))
-        repeats = max(3, bench.args.repeats // (4 * samples))
-        spread = Spread.of(bench.ask(worker, "images", count=repeats))
-        memory = bench.ask(worker, "memory")
-    return {"call": spread, "images_a_second": 1e3 * samples / spread.median, "memory": memory}
+    if samples == 1:
+        return measure_calls(bench, bench.ours(), 1)
+    more: Dict[str, Any] = {}
+    if bench.on_cuda and not bench.args.tune:
+        more = {"build_dir": str(bench.folder / f"samples-{samples}"), "scaled_from": str(bench.build_dir)}
+    job, seconds = bench.job(samples=samples, **more), TUNED_SECONDS if bench.args.tune else SAMPLES_SECONDS
+    with bench.within(seconds), bench.worker(OURS, job, bench.caches()) as worker:
+        prepared = bench.ask(worker, "prepare")
+        return {**measure_calls(bench, worker, samples), "tile_sizes": prepared["tile_sizes"]}
+
+
+def measure_calls(bench: Benchmark, worker: Worker, samples: int) -> Dict[str, Any]:
+    bench.ask(worker, "images", count=max(1, bench.args.warm_up // 2))
+    spread = Spread.of(bench.ask(worker, "images", count=max(3, bench.args.repeats // (4 * samples))))
+    memory = bench.ask(worker, "memory")
+    rate = 1e3 * samples / spread.median
+    return {"call": spread, "images_a_second": rate, "memory": memory, "tile_sizes": None}
 
 
 def measure_start_up(bench: Benchmark) -> Dict[str, Any]:
-    """Two processes one after the other on a build folder and compilers' caches that are empty at first."""
-    folder = bench.args.output.parent / "start-up"
-    shutil.rmtree(folder, ignore_errors=True)
-    environment = {name: str((folder / name.lower()).resolve()) for name in CACHES}
-    found: Dict[str, Any] = {}
-    try:
-        for turn in ("first", "second"):
-            print(f"  {turn} ...", file=sys.stderr, flush=True)
-            with bench.worker(OURS, bench.job(build_dir=str(folder / "build")), environment) as worker:
-                prepared = bench.ask(worker, "prepare")
-                images = bench.ask(worker, "images", count=6)
-            times = {name: prepared[name] for name in ("import_seconds", "initialise_seconds")}
-            found[turn] = {**times, "first_image": images[0], "later_image": Spread.of(images[1:]).median}
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    found["second_over_first"] = found["second"]["initialise_seconds"] / found["first"]["initialise_seconds"]
-    return found
+    """A second process on the build folder and the compilers' caches that the first one of ours found empty."""
+    bench.ours()
+    with bench.worker(OURS, bench.job(), bench.caches()) as worker:
+        prepared = bench.ask(worker, "prepare")
+        images = bench.ask(worker, "images", count=6)
+    later = Spread.of(images[1:]).median
+    found: Dict[str, Any] = {"second": start_row(prepared, images[0], later), "first": None, "second_over_first": None}
+    if not bench.from_nothing:
+        return {**found, "about_first": "no first start: there are plans, which are not made here"}
+    first = found["first"] = start_row(bench.begun["prepared"], bench.begun["first_image"], later)
+    found["second_over_first"] = found["second"]["initialise_seconds"] / first["initialise_seconds"]
+    operator = "there" if bench.had_operator else "not there yet"
+    return {**found, "about_first": f"before the first the torch operator's library (build/plugins) was {operator}"}
 
 
-# The plots.
-
-
-def image_parts(bench: Benchmark) -> Dict[str, Dict[str, float]]:
-    """For ours and each peer the milliseconds of an image by stage; "host, rest" is what the stages leave of it."""
-    sections = bench.results["sections"]
-    rows: Dict[str, Dict[str, float]] = {}
-    stages, image = sections.get("stages", {}).get("parts"), sections.get("images", {}).get("image")
-    if stages and image:
-        parts = {name: stages[name].median for name in ("text", "hint", "step", "decode")}
-        parts["step"] *= bench.args.steps
-        rows["ours"] = _with_rest(parts, image.median)
-    for name, peer in sections.get("peers", {}).items():
-        if "parts" in peer:
-            parts = {
-                part: spread.median for part, spread in peer["parts"].items() if part in ("text", "hint", "decode")
-            }
-            steps = peer["parts"].get("steps") or peer["parts"].get("step")
-            parts["step"] = steps.median * (1 if "steps" in peer["parts"] else bench.args.steps)
-            rows[name] = _with_rest(parts, peer["peer"].median)
-    return rows
-
-
-def _with_rest(parts: Mapping[str, float], total: float) -> Dict[str, float]:
-    names = {"text": "text", "hint": "hint", "step": "all steps", "decode": "decode"}
-    ordered = {label: parts.get(name, 0.0) for name, label in names.items()}
-    return {**ordered, "host, rest": max(0.0, total - sum(ordered.values()))}
+def start_row(prepared: Mapping[str, Any], first: float, later: float) -> Dict[str, float]:
+    times = {name: prepared[name] for name in ("import_seconds", "initialise_seconds")}
+    return {**times, "first_image": first, "later_image": later}
 
 
 def make_plots(bench: Benchmark) -> Dict[str, Any]:
-    """SVG files beside the JSON; a plot whose numbers are lacking is left out."""
-    about, sections = bench.results["about"], bench.results["sections"]
-    height, width = (about.get("ours", {}).get(name) for name in ("height", "width"))
-    subtitle = (
-        f"{about.get('device')}, {about['model']} in {about['precision']}, {height} x {width},"
-        f" {about['steps']} steps of batch 2; medians"
-    )
-    drawings: Dict[str, str] = {}
-    rows = image_parts(bench)
-    if rows:
-        drawings["stages"] = bars("One image by stage", subtitle, "milliseconds", rows)
-        steps = {name: {"a step": row["all steps"] / about["steps"]} for name, row in rows.items()}
-        floor = sections.get("floor", {}).get("milliseconds", {}).get("step")
-        mark = None if floor is None else (f"floor {number(floor)}", floor)
-        drawings["step"] = bars("One guided step", subtitle, "milliseconds", steps, mark)
-    points = [
-        (r["samples"], r["images_a_second"]) for r in sections.get("throughput", {}).get("rows", []) if "call" in r
-    ]
-    if points:
-        labels = ("images a call", "images a second")
-        drawings["throughput"] = curve("Images a second against images a call", subtitle, labels, points)
-    return {"files": [str(write_plot(bench.args.output, name, text)) for name, text in drawings.items()]}
-
-
-def write_plot(output: Path, name: str, text: str) -> Path:
-    from cldm.files import atomic_path
-
-    path = output.with_name(f"{output.stem}-{name}.svg")
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return path
-
-
-# What is printed.
-
-
-def show_about(about: Mapping[str, Any]) -> str:
-    parts = [f"{key} {about[key]}" for key in about if about[key] is not None and key != "ours"]
-    return "\n".join([", ".join(parts), f"ours: {about['ours']['summary']}" if "ours" in about else ""]).rstrip()
-
-
-def show(name: str, found: Mapping[str, Any]) -> str:
-    """A section's result as text."""
-    return found["note"] if "note" in found else SHOWN[name](found)
-
-
-def spread_rows(parts: Mapping[str, Spread]) -> List[List[str]]:
-    return [[name, *spread.cells()] for name, spread in parts.items()]
-
-
-def show_floor(found: Mapping[str, Any]) -> str:
-    floors, rates = found.get("milliseconds", {}), found["rates"]
-    rows = [
-        [name, number(w["flops"] / 1e9), number(w["weight_bytes"] / 1e6), number(floors.get(name))]
-        for name, w in found["work"].items()
-    ]
-    rows.append(["image", "-", "-", number(floors.get("image"))])
-    said = (
-        f"{rates['flops_a_second'] / 1e12:.0f} TFLOP/s in a large product, {rates['bytes_a_second'] / 1e12:.2f} TB/s"
-        " in a large copy (read and written)"
-        if rates
-        else f"rates {ON_CPU}"
-    )
-    return said + "\n" + table(["graph", "GFLOP", "weights, MB", "floor, ms"], rows)
-
-
-def show_memory(memory: Optional[Mapping[str, Any]]) -> str:
-    if memory is None:
-        return f"memory of the card: {ON_CPU}"
-    cells = (f"{key} {number(memory[key])} MiB" for key in ("process", "allocated", "reserved", "card_used"))
-    return f"memory of the card: {', '.join(cells)} (process: {memory['process_is'] or 'nothing tells'})"
-
-
-def show_images(found: Mapping[str, Any]) -> str:
-    rows = [["whole image", *found["image"].cells()]]
-    rows += [[f"receipt: {name}", *spread.cells()] for name, spread in found["receipt"].items()]
-    return "\n".join(
-        [
-            table(["ms", *SPREAD], rows),
-            f"first image {number(found['first_image'])} ms; p95 {found['p95_over_median']:.3f} x the median",
-            show_memory(found["memory"]),
-            found["sampling"],
-            *(f"warning: {warning}" for warning in found["warnings"]),
-        ]
-    )
-
-
-def show_stages(found: Mapping[str, Any]) -> str:
-    rows = []
-    for name, spread in found["parts"].items():
-        floor = found["floor"].get(name)
-        rows.append([name, *spread.cells(), number(floor), number(spread.median / floor if floor else None)])
-    return table(["ms", *SPREAD, "floor", "x floor"], rows)
-
-
-def show_host(found: Mapping[str, Any]) -> str:
-    beyond = found["call_beyond_device"]
-    lines = [table(["ms", *SPREAD], spread_rows(found["parts"])), f"sum of the medians {number(found['sum'])} ms"]
-    if beyond is not None:
-        lines.append(f"a call takes {number(beyond)} ms more than the device's work")
-    return "\n".join(lines)
-
-
-def show_kernels(found: Mapping[str, Any]) -> str:
-    total = found["microseconds"]
-    top = found["rows"][:TOP_KERNELS]
-    rows = [
-        [r["name"][:90], str(r["launches"]), number(r["microseconds"]), f"{r['microseconds'] / total:.1%}"] for r in top
-    ]
-    kinds = [
-        [name, str(int(kind["launches"])), number(kind["microseconds"]), f"{kind['microseconds'] / total:.1%}"]
-        for name, kind in found["kinds"].items()
-    ]
-    return "\n".join(
-        [
-            f"one guided step: {found['launches']} launches, {number(total)} us of kernels, at least one running for"
-            f" {number(found['busy_microseconds'])} us of {number(found['span_microseconds'])} us",
-            table(["kind", "launches", "us", "share"], kinds),
-            "",
-            table(["kernel", "launches", "us", "share"], rows),
-        ]
-    )
-
-
-def show_peers(found: Mapping[str, Any]) -> str:
-    rows, notes = [], []
-    for name, peer in found.items():
-        if "error" in peer:
-            notes.append(f"{name} failed: {peer['error']}")
-            continue
-        rows.append([name, *peer["peer"].cells(), number(peer["ours"].median), f"{peer['ratio']:.2f}"])
-        notes.append(f"{name}: {peer['summary']}; {peer['seconds']:.0f} s in all")
-        if "latent_error" in peer:
-            notes.append(f"  its final latent differs from ours by {peer['latent_error']:.1e} (relative)")
-        parts = ", ".join(f"{part} {number(spread.median)}" for part, spread in peer["parts"].items())
-        notes.append(f"  stages, with waits between them, ms: {parts}")
-        notes.append(f"  {show_memory(peer['memory'])}")
-    return "\n".join([table(["ms an image", *SPREAD, "ours in turn", "ratio"], rows), *notes])
-
-
-def show_throughput(found: Mapping[str, Any]) -> str:
-    good = [row for row in found["rows"] if "error" not in row]
-    rows = [[str(r["samples"]), *r["call"].cells(), number(r["images_a_second"])] for r in good]
-    failed = [f"{row['samples']}: failed: {row['error']}" for row in found["rows"] if "error" in row]
-    return "\n".join([table(["images a call", *SPREAD, "images a second"], rows), *failed])
-
-
-def show_start_up(found: Mapping[str, Any]) -> str:
-    keys = ("import_seconds", "initialise_seconds", "first_image", "later_image")
-    rows = [[turn, *(number(found[turn][key]) for key in keys)] for turn in ("first", "second")]
-    header = ["start", "import, s", "initialise, s", "first image, ms", "later image, ms"]
-    return table(header, rows) + f"\nthe second start takes {found['second_over_first']:.2f} of the first"
+    return {"files": write_plots(bench.args.output, draw(bench.results))}
 
 
 RUN: Dict[str, Callable[[Benchmark], Dict[str, Any]]] = {
@@ -586,43 +668,40 @@ RUN: Dict[str, Callable[[Benchmark], Dict[str, Any]]] = {
     "images": measure_images,
     "stages": measure_stages,
     "host": measure_host,
-    "kernels": measure_kernels,
-    "peers": measure_peers,
-    "throughput": measure_throughput,
+    "peers": lambda bench: measure_peers(bench, "peers"),
     "start-up": measure_start_up,
+    "throughput": measure_throughput,
+    "kernels": measure_kernels,
+    "variants": lambda bench: measure_peers(bench, "variants"),
     "plots": make_plots,
-}
-SHOWN: Dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "floor": show_floor,
-    "images": show_images,
-    "stages": show_stages,
-    "host": show_host,
-    "kernels": show_kernels,
-    "peers": show_peers,
-    "throughput": show_throughput,
-    "start-up": show_start_up,
-    "plots": lambda found: "\n".join(found["files"]),
 }
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    args = parse_arguments(argv)
     start = time.monotonic()
-    bench = Benchmark(args)
-    bench.save()  # a folder that cannot be written is said now
+    args = parse_arguments(argv)
+    from cldm.files import require_room
+
+    require_room(args.output.parent, 0)  # a folder that cannot be written is said now
+    bench = Benchmark(args, start)
     try:
         measure_about(bench)
+        bench.keep_others()
         print(show_about(bench.results["about"]), flush=True)
         for name in SECTIONS:
             if name in args.only:
                 bench.section(name, RUN[name])
     finally:
         bench.close()
-        bench.save()
     print(f"\n{show_about(bench.results['about'])}\n{time.monotonic() - start:.0f} s in all; {args.output}")
-    failed = [name for name, found in bench.results["sections"].items() if "error" in found]
-    return 1 if failed else 0
+    return 1 if bench.failed else 0
+
+
+def end_orderly(number: int, frame: Any) -> None:
+    """For a signal that would end the program at once: its workers end with it then, and made files are removed."""
+    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, end_orderly)
     sys.exit(main())

@@ -8,6 +8,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional
 import numpy as np
 
 from benchmarks.contenders import Job, Memory, mark_parts, time_calls
+from benchmarks.device import torch_settings
 from cldm.config import ModelConfig, load_config
 from cldm.image import canny_map
 from deploy.spec import PRECISIONS
@@ -114,14 +115,14 @@ def build_pipeline(config: ModelConfig, device: str, dtype: Any) -> Any:
     return pipeline
 
 
-def compile_networks(pipeline: Any, fullgraph: bool) -> None:
-    """UNet, ControlNet and the decoder by torch.compile, replayed as CUDA graphs."""
+def compile_networks(pipeline: Any, mode: str, fullgraph: bool) -> None:
+    """UNet, ControlNet and the decoder by torch.compile; its modes named in `PEERS` replay them as CUDA graphs."""
     import torch
 
     for owner, name in ((pipeline, "unet"), (pipeline, "controlnet"), (pipeline.vae, "decoder")):
         network = getattr(owner, name)
         network = getattr(network, "_orig_mod", network)  # a second try must not compile what is compiled
-        setattr(owner, name, torch.compile(network, mode="reduce-overhead", fullgraph=fullgraph))
+        setattr(owner, name, torch.compile(network, mode=mode, fullgraph=fullgraph))
 
 
 class Diffusers:
@@ -149,29 +150,29 @@ class Diffusers:
         start = time.perf_counter()
         self._pipeline = build_pipeline(load_config(job.model), self._device, getattr(torch, PRECISIONS[precision]))
         self._put_marks()
-        how = f'torch.compile mode="reduce-overhead", {self._compile()}' if job.compiled else "eager"
-        self._run()
-        if not self._finite:
+        how = f'torch.compile mode="{job.compiled}", {self._compile(job.compiled)}' if job.compiled else "eager"
+        if not np.isfinite(self._paint()).all():
             how += ", images not finite"
         return {
             "summary": f"diffusers {diffusers.__version__}, {how}, channels last, on {self._device} in {precision}",
             "device": self._device,
             "precision": precision,
             "initialise_seconds": time.perf_counter() - start,
+            **torch_settings(),
         }
 
-    def _compile(self) -> str:
+    def _compile(self, mode: str) -> str:
         """Compile, as one graph a network where that works."""
         import torch
 
-        compile_networks(self._pipeline, fullgraph=True)
+        compile_networks(self._pipeline, mode, fullgraph=True)
         try:
             self._run()
             return "fullgraph"
         except torch._dynamo.exc.TorchDynamoException as error:
             print(f"not as one graph: {error}")
         torch._dynamo.reset()
-        compile_networks(self._pipeline, fullgraph=False)
+        compile_networks(self._pipeline, mode, fullgraph=False)
         self._run()
         return "several graphs"
 
@@ -201,6 +202,10 @@ class Diffusers:
 
     def _run(self, mark: Callable[[str], None] = lambda stage: None) -> np.ndarray:
         """(N, H, W, 3) uint8 images of the job's picture and request."""
+        return np.rint(self._paint(mark) * 255.0).astype(np.uint8)
+
+    def _paint(self, mark: Callable[[str], None] = lambda stage: None) -> np.ndarray:
+        """(N, H, W, 3) float32 images from 0 to 1."""
         import torch
         from PIL import Image
 
@@ -208,7 +213,7 @@ class Diffusers:
         canny = canny_map(self._image, request.image_resolution, request.low_threshold, request.high_threshold)
         self._mark = mark
         with torch.no_grad():
-            images = self._pipeline(
+            return self._pipeline(
                 request.conditional_text,
                 image=Image.fromarray(np.repeat(canny[:, :, None], 3, axis=2)),
                 height=self._height,
@@ -221,8 +226,6 @@ class Diffusers:
                 generator=torch.Generator(self._device).manual_seed(request.seed),
                 output_type="np",
             ).images
-        self._finite = bool(np.isfinite(images).all())
-        return np.rint(images * 255.0).astype(np.uint8)
 
     def images(self, count: int) -> List[float]:
         """Milliseconds of each of `count` images, host work and copies included."""

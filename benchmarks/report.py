@@ -232,3 +232,12 @@ def as_json(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [as_json(item) for item in value]
     return value
+
+
+def from_json(value: Any) -> Any:
+    """What `as_json` was given, as far as JSON can tell."""
+    if isinstance(value, dict):
+        if set(value) == {*Spread.__dataclass_fields__, "relative"}:
+            return Spread(**{name: item for name, item in value.items() if name != "relative"})
+        return {key: from_json(item) for key, item in value.items()}
+    return [from_json(item) for item in value] if isinstance(value, list) else value

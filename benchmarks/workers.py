@@ -2,7 +2,8 @@
 """A contender in a process of its own, which takes orders: it cannot take the others down, or hold up a benchmark.
 
 The two talk in lines of JSON. Started as a script this is the contender's side; what libraries print there goes into a
-log.
+log. A contender leads a process group of its own, which is ended whole, and ends by itself when the other side is gone,
+whatever it was doing: nothing may go on using the card unseen.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ import importlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional
+from typing import Any, Dict, Iterator, Mapping, Optional
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 LOG_LINES = 6  # of the log that an error shows
+CLOSING_SECONDS = 10.0  # that a contender with nothing to do has to end by itself
 
 
 class WorkerError(RuntimeError):
@@ -60,6 +63,7 @@ class Worker:
                 stderr=file,
                 env={**os.environ, **(environment or {})},
                 text=True,
+                start_new_session=True,
             )
         threading.Thread(target=self._listen, daemon=True).start()
         self._send({"contender": contender, "options": dict(options)})
@@ -111,25 +115,47 @@ class Worker:
         return "".join(f"\n    | {line}" for line in lines[-LOG_LINES:])
 
     def close(self) -> None:
-        """End the process; its memory on the card is free afterwards."""
+        """End the process and those that it started; its memory on the card is free afterwards."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()  # one that waits for an order ends by itself
-        try:
-            self._process.wait(timeout=0.0 if self._working else 20.0)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=0.0 if self._working else CLOSING_SECONDS)
+        with contextlib.suppress(ProcessLookupError):  # none of the group is left
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+class _Orders:
+    """Lines from standard input, read beside the work: their end ends the process, also amid an order."""
+
+    def __init__(self) -> None:
+        self._lines: queue.Queue[str] = queue.Queue()
+        self._working = False
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        for line in sys.stdin:
+            self._lines.put(line)
+        if self._working:
+            os._exit(1)  # nobody waits for the answer
+        self._lines.put("")
+
+    def __iter__(self) -> Iterator[Dict[str, Any]]:
+        for line in iter(self._lines.get, ""):
+            self._working = True
+            yield json.loads(line)
+            self._working = False
 
 
 def serve() -> int:
     """The contender's side: orders from standard input, answers to what standard output was."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # a library that prints must not speak in between
-    setup = json.loads(sys.stdin.readline())
+    orders = iter(_Orders())
+    setup = next(orders)
     contender: Any = None
-    for line in sys.stdin:
-        order = json.loads(line)
+    for order in orders:
         try:
             if contender is None:  # made at the first order, whose answer can say what went wrong
                 module, name = setup["contender"].split(":")

@@ -67,7 +67,7 @@ def require_memory(config: ModelConfig, device: str) -> None:
 
 
 class FusedNetworks:
-    """Makes the networks once a number of samples, and the sessions of any size on them.
+    """Makes the networks once, and the sessions of any size on them.
 
     Parameters
     ----------
@@ -97,7 +97,8 @@ class FusedNetworks:
         self._tuning = Tuning(card, self._stored(card))
         overlap = card.capability >= 90 and _cuda_version() >= (12, 3)
         self.run = Fused(self._tuning, self._dtype, pdl=overlap)
-        # Its kernels are longer than a launch takes, and begin slower when they wait for one another.
+        # For the hint's kernels, which are longer than a launch takes and begin slower when they wait for one another,
+        # and for the step's on a stream of their own.
         self.run_apart = Fused(self._tuning, self._dtype)
         self._networks = self._make(model, precision)
         # On a small model launches are all that takes time, whatever the tiles.
@@ -123,7 +124,7 @@ class FusedNetworks:
             "hint": FusedHint(model, self.run_apart, self._device),
             # A copy: on a CPU the graph's modules are the model's own.
             "time": copy.deepcopy(build_graph("time", model, precision, 1)).to(self._device),
-            "step": FusedStep(model, self.run, self._device),
+            "step": FusedStep(model, self.run, self._device, self.run_apart),
             "decode": FusedDecode(model, self.run, self._device),
         }
 
@@ -140,6 +141,10 @@ class FusedNetworks:
             for name, network in self._networks.items()
         }
 
+    def _fused(self) -> List[Tuple[str, Any]]:
+        """All but the time graph, which is a plain module."""
+        return [(name, network) for name, network in self._networks.items() if name != "time"]
+
     def _tune(self, specs: Mapping[str, GraphSpec]) -> None:
         """Measure the tile sizes of problems that no table has, and keep them."""
         import torch
@@ -147,11 +152,13 @@ class FusedNetworks:
 
         from runtime.fused.tune import tune
 
-        for run, names in ((self.run, ("text", "step", "decode")), (self.run_apart, ("hint",))):
+        runs = (self.run, self.run_apart)
+        for run in runs:
             run.asked.clear()
             run.asked_attention.clear()
-            for name in names:
-                self._networks[name](_meta(specs[name].inputs), _meta(specs[name].outputs))
+        for name, network in self._fused():
+            network(_meta(specs[name].inputs), _meta(specs[name].outputs))
+        for run in runs:
             table = self._tuning.table
             problems = {problem: shape for problem, shape in run.asked.items() if problem.key() not in table}
             attentions = [problem for problem in run.asked_attention if problem.key() not in table]
@@ -168,13 +175,12 @@ class FusedNetworks:
 
         from runtime.fused.tune import run_all
 
-        for name, network in self._networks.items():
-            if name == "time":
-                continue
-            with torch.no_grad(), network.run.putting_off() as launches:
+        with torch.no_grad(), self.run.putting_off() as launches, self.run_apart.putting_off() as apart:
+            for name, network in self._fused():
                 network(_zeros(specs[name].inputs, self._device), _zeros(specs[name].outputs, self._device))
-            for error in run_all(launches.values()):
-                raise error
+        errors = run_all([*launches.values(), *apart.values()], self._device)
+        if errors:
+            raise errors[0]
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
 

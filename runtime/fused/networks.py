@@ -6,7 +6,8 @@ the maps that it consists of are written into it by the layers that make them, s
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+import contextlib
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import nn
@@ -156,10 +157,14 @@ class FusedStep:
     model : ControlLDM
     run : Fused
     device : str
+    apart : Fused, optional
+        Launches on a stream of its own: nothing else may use it while a step runs. Default: one without tuning.
     """
 
-    def __init__(self, model: ControlLDM, run: Fused, device: str) -> None:
+    def __init__(self, model: ControlLDM, run: Fused, device: str, apart: Optional[Fused] = None) -> None:
         self.run = run
+        self.apart = apart or Fused(run.tuning, run.dtype)
+        self._stream: Optional[torch.cuda.Stream] = None
         pack = Packer(device, run.dtype)
         config, unet, control = model.config.unet, model.unet, model.control_model
         times = _Parts(time_bias_widths(config, True), sum(time_bias_widths(config, True)))
@@ -196,13 +201,12 @@ class FusedStep:
         given = Conditioning(inputs["keys_values"], inputs["time_bias"], 2 * samples)
         # The halves of guidance differ in the text alone: up to the first cross-attention one of them will do.
         h = run.first_conv(inputs["latent"], self.first, samples, added=inputs["hint_features"])
-        maps = [h]
+        skips = _Skips(self, inputs["control_scales"], given.images)
         for block in self.encoder:
+            skips.add(h)
             for layer in block:
                 h = layer(run, h, given)
-            maps.append(h)
-        scales = inputs["control_scales"]
-        places = self._concatenations(maps, scales)
+        places = skips.join(h)
         for i, block in enumerate(self.decoder):
             h = places[i]
             for layer in block[:-1]:
@@ -221,29 +225,65 @@ class FusedStep:
             outputs["noise"],
         )
 
-    def _concatenations(self, maps: List[torch.Tensor], scales: torch.Tensor) -> List[torch.Tensor]:
-        """The inputs of the decoder's blocks; the encoder's maps and the ControlNet's residuals are in their places."""
-        run, middle, samples = self.run, maps[-1], maps[0].shape[1]
-        places = []
-        before = middle.shape[-1]
-        for i in range(len(self.decoder)):
-            skip = maps[-2 - i]
-            _, _, height, width, channels = skip.shape
-            place = run.empty(skip, 1, 2 * samples, height, width, before + channels)
-            self._add_control(skip, len(maps) - 2 - i, scales, place[..., before:])
-            places.append(place)
-            before = self.decoder[i][-1].out_channels
-        self._add_control(middle, len(maps) - 1, scales, places[0][..., : middle.shape[-1]])
+    @contextlib.contextmanager
+    def aside(self, x: torch.Tensor) -> Iterator[None]:
+        """Inside, launches go to a second stream, behind all that the first has now."""
+        if not x.is_cuda:
+            yield
+            return
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(x.device)
+        self._stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self, x: torch.Tensor) -> None:
+        """What follows on the first stream waits for the second."""
+        if x.is_cuda and self._stream is not None:
+            torch.cuda.current_stream(x.device).wait_stream(self._stream)
+
+
+class _Skips:
+    """Puts the encoder's maps and the ControlNet's residuals where the decoder's blocks read them.
+
+    Small products that nothing waits for until the decoder begins: they run beside the encoder.
+    """
+
+    def __init__(self, step: FusedStep, scales: torch.Tensor, images: int) -> None:
+        self._step = step
+        self._scales = scales
+        self._images = images
+        self._maps: List[torch.Tensor] = []  # kept until both streams have met
+        self._places: List[torch.Tensor] = []
+
+    def add(self, stacked: torch.Tensor) -> None:
+        """The next map of both encoders, up to those of the middle block, which takes no part."""
+        step, nth = self._step, len(self._maps)
+        block = len(step.decoder) - 1 - nth
+        before = (step.decoder[block - 1] if block > 0 else step.encoder[-1])[-1].out_channels
+        _, _, height, width, channels = stacked.shape
+        place = step.run.empty(stacked, 1, self._images, height, width, before + channels)
+        with step.aside(stacked):
+            self._control(stacked, nth, place[..., before:])
+        self._maps.append(stacked)
+        self._places.append(place)
+
+    def join(self, middle: torch.Tensor) -> List[torch.Tensor]:
+        """The inputs of the decoder's blocks, the first with the map of the middle block."""
+        self._step.join(middle)
+        places = self._places[::-1]
+        # Not with programmatic launch, which is for a kernel with one before it, and this one follows two streams.
+        self._control(middle, len(self._maps), places[0][..., : middle.shape[-1]])
         return places
 
-    def _add_control(self, stacked: torch.Tensor, index: int, scales: torch.Tensor, out: torch.Tensor) -> None:
+    def _control(self, stacked: torch.Tensor, nth: int, out: torch.Tensor) -> None:
         """The UNet's map plus the ControlNet's residual, in both halves of guidance: they have their own scales."""
-        count = stacked.shape[1]
+        step, scales, count = self._step, self._scales, stacked.shape[1]
         parts = out.shape[1] // count  # two where the map is one for both halves
         for half in range(parts):
             rows = scales[half : half + 1] if parts > 1 else scales
             images = out[:, half * count : (half + 1) * count]
-            self.run.matmul(stacked[1:], self.zero_convs[index], images, residual=stacked[:1], scale=rows[:, index])
+            step.apart.matmul(stacked[1:], step.zero_convs[nth], images, residual=stacked[:1], scale=rows[:, nth])
 
 
 class _Resize:

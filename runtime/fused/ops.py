@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
@@ -142,6 +143,7 @@ class Fused:
         self.dtype = dtype
         self.pdl = pdl
         self.asked: Dict[Problem, Tuple[int, ...]] = {}
+        self.uses: Counter[str] = Counter()
         self.asked_attention: Set[AttentionProblem] = set()
         self._put_off: Optional[Dict[Tuple[Any, ...], Callable[[], None]]] = None
         self._scratch: Dict[torch.device, Tuple[torch.Tensor, torch.Tensor]] = {}
@@ -210,6 +212,7 @@ class Fused:
             _check_map(name, map_)
         if out.is_meta:
             self.asked[problem] = tuple(x.shape)
+            self.uses[problem.key()] += 1
             return out
         chosen = config or self.tuning.config(problem)
         launch = self._launch_boxes if chosen.bx else self._launch_matmul
@@ -428,6 +431,7 @@ class Fused:
         problem = AttentionProblem(length, keys, dim, heads, nets * batch, causal)
         if q.device.type == "meta":
             self.asked_attention.add(problem)
+            self.uses[problem.key()] += 1
             return out
         # At least 16, which tensor cores take at once.
         d1 = max(16, 1 << (dim.bit_length() - 1))

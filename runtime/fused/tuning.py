@@ -193,7 +193,14 @@ _BOX_SHAPES = (
 
 
 # Of the first kernel's tiles, those that may still win where the second can run.
-_FEW_SHAPES = ((128, 128, 4, (4,)), (128, 64, 4, (3, 5)), (64, 128, 4, (3, 5)), (64, 64, 4, (4, 6)), (64, 32, 4, (6,)))
+_FEW_SHAPES = (
+    (128, 128, 4, (4,)),
+    (128, 64, 4, (3, 5)),
+    (128, 32, 4, (6,)),
+    (64, 128, 4, (3, 5)),
+    (64, 64, 4, (4, 6)),
+    (64, 32, 4, (6,)),
+)
 
 
 def _shapes(problem: Problem, card: Card) -> Iterator[Config]:

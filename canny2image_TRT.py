@@ -75,8 +75,9 @@ class hackathon:
             "sd15", "tiny" or the path of a config; default sd15 where its checkpoint lies under models/, else tiny.
         backend : {"tensorrt", "torch", "onnxruntime"}, optional
             Default: the first that can run here.
-        precision : {"fp32", "fp16", "bf16"}, optional
-            Default: FP16 on a GPU, FP32 on a CPU.
+        precision : {"fp32", "fp16", "bf16", "fp8"}, optional
+            Default: FP16 on a GPU, FP32 on a CPU. FP8 is for the torch backend on a GPU of compute capability 8.9 or
+            later; only the large products use it, and it costs accuracy.
         device : str, optional
             "cpu", "cuda", "cuda:1", ... for the tensorrt and torch backends.
         build_dir : str, optional

@@ -12,7 +12,8 @@ from typing import Any, Dict, Tuple, Union
 from cldm.config import ModelConfig
 from ldm.layout import key_value_widths, time_bias_widths
 
-PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+# What a precision's tensors are. FP8 is of weights, and of what is multiplied with them; between the layers is FP16.
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp8": "float16"}
 
 # Length of the schedule, the one axis that no graph fixes: the time graph alone has it.
 STEPS = "S"

@@ -35,7 +35,7 @@ class TorchBackend:
 
     def __init__(self, weights: Weights, load: Callable[[], Any], device: str, folder: Path, report: Report) -> None:
         self.device = device
-        self.precisions = ("fp32", "fp16", "bf16") if device == "cpu" else ("fp16", "fp32", "bf16")
+        self.precisions = ("fp32", "fp16", "bf16") if device == "cpu" else ("fp16", "fp32", "bf16", "fp8")
         self._load = load
         self._folder = folder
         self._report = report
@@ -50,6 +50,10 @@ class TorchBackend:
             problem = fused_problem(self.device, build.precision)
             if problem is None:
                 return self._fused_sessions(build)
+            if build.precision == "fp8":
+                from runtime.backends import BackendError
+
+                raise BackendError(f"fp8 runs on the fused kernels alone: {problem}; take precision fp16")
             if build.precision != "fp32":
                 self._report(f"PyTorch's own kernels run, not the fused ones: {problem}")
         return self._module_sessions(build)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from runtime.fused.fp8 import factor_of, quantise
 from runtime.fused.ops import Fused, Weights
 from runtime.fused.packing import Packer
 from runtime.fused.tuning import Card, Config, Problem
@@ -15,6 +18,8 @@ from runtime.fused.tuning import Card, Config, Problem
 CARD = Card("a card of tests", 80, 16, 99 * 1024)
 # Of a result that is rounded to the nearest once; uniform rounding gives 1.4e-4 to 2.8e-4.
 HALF_ERROR = {torch.float16: 3e-4, torch.bfloat16: 2.4e-3}
+# Of a sum of products of e4m3 numbers: a number's error is 2.6 % of it, a product's 3.7 %.
+FP8_ERROR = 0.045
 
 
 class Matmul(NamedTuple):
@@ -27,6 +32,8 @@ class Matmul(NamedTuple):
         How many images have one of their own; 0 for none at all.
     margin : int
         Channels beside those of every map, in the tensor that it is a slice of.
+    fp8 : float
+        0, or by how much the maps' factors are larger than those that the largest number asks for.
     """
 
     kind: str = "linear"
@@ -46,6 +53,7 @@ class Matmul(NamedTuple):
     act: str = "none"
     margin: int = 0
     out: str = ""
+    fp8: float = 0
 
     @property
     def taps(self) -> int:
@@ -55,7 +63,8 @@ class Matmul(NamedTuple):
         height, width = (-(-size // self.stride) for size in (self.height, self.width))
         nets = 4 if self.kind == "up" else self.nets
         m = self.batch * height * width
-        return Problem(nets, m, self.n, self.cin, self.tail, self.taps, self.stride, self.gated, height, width)
+        made = Problem(nets, m, self.n, self.cin, self.tail, self.taps, self.stride, self.gated, height, width)
+        return made._replace(fp8=self.fp8 > 0)
 
 
 ACTIVATIONS = {
@@ -84,6 +93,7 @@ class Operands:
         self.scale = self.normal(c.scale, 3).to(device)[:, 1] if c.scale else None
         self.convs = [nn.Conv2d(c.cin, c.n, 3, padding=1) for _ in range(c.nets)] if c.kind == "up" else None
         self.weights = self._up_weights() if self.convs else self._weights()
+        self.packed = self._fp8_weights() if case.fp8 else self.weights
 
     def normal(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=self._generator)
@@ -110,6 +120,24 @@ class Operands:
         conv.bias.copy_(self.normal(self.case.n))
         return Packer(self.device, self.dtype).up_conv(conv)
 
+    def _fp8_weights(self) -> Weights:
+        maps = ((self.x, 1), (self.tail, 8))  # two factors that are not the same
+        factors = [self.case.fp8 * factor_of(part * float(m.abs().max())) for m, part in maps if m is not None]
+        matrix, scaling = quantise(self.weights.matrix, self.case.tail, *factors)
+        return replace(self.weights, matrix=matrix, fp8=scaling)
+
+    def rounded(self) -> Operands:
+        """A copy whose numbers are those that FP8 multiplies."""
+        scaling, other = self.packed.fp8, copy.copy(self)
+        assert scaling is not None
+        other.x = _e4m3(self.x, scaling.factor)
+        other.tail = None if self.tail is None else _e4m3(self.tail, scaling.tail_factor)
+        matrix = self.packed.matrix.double() * scaling.steps.double()[..., None]
+        inner = self.packed.taps * self.case.cin
+        matrix = torch.cat([matrix[..., :inner] * scaling.factor, matrix[..., inner:] * scaling.tail_factor], dim=2)
+        other.weights = replace(self.weights, matrix=matrix)
+        return other
+
     def wanted(self) -> torch.Tensor:
         """The (nets, B, OH, OW, N) result in float64, by PyTorch's convolutions."""
         nets = torch.stack([self._net(i) for i in range(self.case.nets)])
@@ -121,6 +149,8 @@ class Operands:
     def _net(self, i: int) -> torch.Tensor:
         c = self.case
         x = self.x[i].double().permute(0, 3, 1, 2)
+        if self.convs and self.weights.matrix.dtype == torch.float64:
+            return ACTIVATIONS[c.act](self._by_phases(x)).permute(0, 2, 3, 1)
         if self.convs:
             conv = self.convs[i]
             enlarged = F.interpolate(x, scale_factor=2, mode="nearest")
@@ -137,6 +167,17 @@ class Operands:
         if self.scale is not None:
             y = y * self.scale.double().repeat_interleave(c.batch // c.scale)[:, None, None, None]
         return y.permute(0, 2, 3, 1)
+
+    def _by_phases(self, x: torch.Tensor) -> torch.Tensor:
+        """Four 2x2 convolutions, each of which makes the pixels of one place in their squares of four."""
+        y = x.new_empty(self.case.batch, self.case.n, self.oh, self.ow)
+        for phase, matrix in enumerate(self.weights.matrix):
+            down, right = divmod(phase, 2)
+            kernel = matrix.unflatten(1, (2, 2, self.case.cin)).permute(0, 3, 1, 2)
+            around = F.pad(x, (1 - right, right, 1 - down, down))
+            bias = None if self.weights.bias is None else self.weights.bias[phase].double()
+            y[:, :, down::2, right::2] = F.conv2d(around, kernel, bias)
+        return y
 
     def _layer(self, i: int, x: torch.Tensor, rows: slice) -> torch.Tensor:
         c = self.case
@@ -165,12 +206,14 @@ class Operands:
         for _ in range(repeats):
             out, whole = self.target()
             operands = (self.tail, self.shift, self.residual, self.scale)
-            fused.matmul(self.x, self.weights, out, *operands, c.act, config)
+            fused.matmul(self.x, self.packed, out, *operands, c.act, config)
             results.append(out.double())
             beside = beside and bool((whole[..., : c.margin] == 7).all() and (whole[..., c.margin + c.n :] == 7).all())
         (_, counters) = next(iter(fused._scratch.values()))
+        of_fp8 = {"before rounding": relative(results[0], self.wanted())} if self.case.fp8 else {}
         return {
-            "error": relative(results[0], self.wanted()),
+            **of_fp8,
+            "error": relative(results[0], (self.rounded() if self.case.fp8 else self).wanted()),
             "same": all(torch.equal(result, results[0]) for result in results),
             "beside": beside,
             "counters": int(counters.abs().sum()),
@@ -178,10 +221,17 @@ class Operands:
 
     def bound(self) -> float:
         """Largest relative error that rounding explains."""
+        if self.case.fp8 and self.device != "cpu":
+            return 2e-3  # tensor cores add FP8 products with 14 bits or so
         if self.case.out == "float32":
             return 2e-6 if self.device == "cpu" else 2e-5  # tensor cores cut off where a processor rounds
         # The summed weights of an up-convolution are rounded themselves.
         return HALF_ERROR[self.dtype] * (1.5 if self.case.kind == "up" else 1.0)
+
+
+def _e4m3(map_: torch.Tensor, factor: float) -> torch.Tensor:
+    """What is left of a map's numbers, in float64."""
+    return (map_.float() * factor).clamp(-448, 448).to(torch.float8_e4m3fn).double() / factor
 
 
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -224,6 +274,20 @@ MATMULS: Dict[str, Tuple[Matmul, Config]] = {
     "up, ragged": (Matmul("up", height=1, width=4, cin=20, n=21), PLAIN),
     "up, slices": (Matmul("up", height=2, width=2, margin=8, act="silu"), PLAIN),
 }
+# Blocks of 32 and of 64, and of 1000 numbers some that are cut off.
+DEEP = Config(32, 16, 64, 4, 2)
+FP8: Dict[str, Tuple[Matmul, Config]] = {
+    "linear": (Matmul(batch=2, height=1, width=19, cin=64, out="float32", fp8=1), DEEP),
+    "linear, two nets": (Matmul(nets=2, batch=2, shift=True, residual=1, fp8=1), WIDE),
+    "linear, saturated": (Matmul(cin=64, fp8=64), DEEP),
+    "scale by image": (Matmul(batch=4, cin=32, scale=2, residual=2, act="silu", fp8=1), WIDE),
+    "gated": (Matmul(nets=2, n=40, gated=True, fp8=1), WIDE),
+    "conv, two nets": (Matmul("conv", nets=2, batch=2, shift=True, residual=2, fp8=1), WIDE),
+    "conv with a tail": (Matmul("conv", nets=2, cin=32, tail=64, margin=8, out="float32", fp8=1), WIDE),
+    "stride 2": (Matmul("conv", batch=2, height=4, width=6, stride=2, fp8=1), WIDE),
+    "up": (Matmul("up", batch=2, n=21, act="silu", fp8=1), WIDE),
+}
+MATMULS.update({f"fp8 {_name}": _case for _name, _case in FP8.items()})
 # Parts that begin in the middle of a tap, in the tail, and behind the end.
 _SPLIT = {
     "linear, two nets": (2,),
@@ -234,6 +298,7 @@ _SPLIT = {
     "conv with a ragged tail": (3,),
     "stride 2": (5,),
     "up": (2, 3),
+    "fp8 conv with a tail": (3,),
 }
 for _name, _counts in _SPLIT.items():
     for _count in _counts:

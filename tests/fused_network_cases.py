@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Dict, Mapping, Sequence, Tuple
+from typing import Dict, Mapping, Optional, Sequence, Tuple
 
 import torch
 
@@ -13,7 +13,7 @@ from cldm.model import ControlLDM
 from cldm.weights import Weights
 from deploy.graphs import build_graph
 from deploy.spec import Build, GraphSpec, graph_specs
-from runtime.fused import networks
+from runtime.fused import fp8, networks
 from runtime.fused.ops import Fused
 from runtime.fused.tuning import Card, Tuning
 from tests.fused_cases import relative
@@ -61,7 +61,14 @@ def of_module(name: str, model: ControlLDM, precision: str, samples: int, spec: 
     return dict(zip(spec.outputs, results if isinstance(results, tuple) else (results,)))
 
 
-def of_fused(name: str, model: ControlLDM, run: Fused, spec: GraphSpec, given: Tensors) -> Tensors:
+def of_fused(
+    name: str,
+    model: ControlLDM,
+    run: Fused,
+    spec: GraphSpec,
+    given: Tensors,
+    ranges: Optional[fp8.Ranges] = None,
+) -> Tensors:
     inputs = {key: given[key].to(getattr(torch, tensor.dtype)) for key, tensor in spec.inputs.items()}
     device = next(iter(inputs.values())).device
     outputs = {}
@@ -69,7 +76,8 @@ def of_fused(name: str, model: ControlLDM, run: Fused, spec: GraphSpec, given: T
         dtype = getattr(torch, tensor.dtype)
         poison = float("nan") if dtype.is_floating_point else 77
         outputs[key] = torch.full(tuple(tensor.shape), poison, dtype=dtype, device=device)
-    NETWORKS[name](model, run, str(device))(inputs, outputs)
+    options = {} if ranges is None else {"ranges": ranges}
+    NETWORKS[name](model, run, str(device), **options)(inputs, outputs)
     return outputs
 
 
@@ -78,11 +86,16 @@ def errors(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]
 
 
 def compare(
-    build: Build, model: ControlLDM, run: Fused, names: Sequence[str] = tuple(NETWORKS), device: str = "cpu"
+    build: Build,
+    model: ControlLDM,
+    run: Fused,
+    names: Sequence[str] = tuple(NETWORKS),
+    device: str = "cpu",
+    ranges: Optional[fp8.Ranges] = None,
 ) -> Dict[str, Tuple[float, float]]:
     """Relative errors of each output against FP32: the fused network's, and the half-precision graph's.
 
-    The model is left on the device.
+    The model is left on the device. With `ranges` the fused networks are those of FP8.
     """
     given = {name: tensor.to(device) for name, tensor in draw(build, model.to("cpu")).items()}
     model.to(device)
@@ -91,7 +104,7 @@ def compare(
     for name in names:
         wanted = of_module(name, model, "fp32", build.samples, exact_specs[name], given)
         plain = errors(of_module(name, model, build.precision, build.samples, specs[name], given), wanted)
-        fused = errors(of_fused(name, model, run, specs[name], given), wanted)
+        fused = errors(of_fused(name, model, run, specs[name], given, ranges), wanted)
         found.update({f"{name} {key}": (fused[key], plain[key]) for key in wanted})
     return found
 
@@ -104,9 +117,21 @@ def compare_small(
     return compare(build, model, Fused(Tuning(Card("a processor", 80, processors, 1 << 20))), names)
 
 
+def compare_fp8() -> Dict[str, Tuple[float, float]]:
+    """Step and decoder with all layers in FP8 that the instructions take, however small."""
+    fp8.LEAST_DEPTH = fp8.LEAST_CHANNELS = 1
+    fp8.BLOCK = 16  # the interpreter takes any
+    build = Build(small_config(), 32, 32, 1, "fp8")
+    model = load_model(build.config, Weights(None, build.config.seed, ""))
+    ranges = fp8.input_ranges(model, "cpu", "fp32", (64, 64))
+    run = Fused(Tuning(Card("a processor", 89, 1, 1 << 20)))
+    return compare(build, model, run, ("step", "decode"), ranges=ranges)
+
+
 def main() -> None:
     patch_interpreter()
-    print(json.dumps({name: compare_small(*case) for name, case in CASES.items()}))
+    found = {name: compare_small(*case) for name, case in CASES.items()}
+    print(json.dumps({**found, "fp8": compare_fp8()}))
 
 
 if __name__ == "__main__":

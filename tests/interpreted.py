@@ -46,3 +46,26 @@ def patch_interpreter() -> None:
         scope.set_attr(tensor, "__index__", lambda scalar: int(np.asarray(scalar.handle.data).reshape(-1)[0]))
 
     interpreter._patch_lang_tensor = patch_with_index
+    _patch_fp8(interpreter)
+
+
+def _patch_fp8(interpreter: Any) -> None:
+    """Convert to and from e4m3 as a GPU does, to the nearest and saturating, by PyTorch.
+
+    Triton 3.6's interpreter rounds ties up, carries no rounding from the mantissa into the exponent, and wraps around.
+    """
+    import numpy as np
+    import torch
+
+    convert, fp8, floats = interpreter._convert_float, interpreter.tl.float8e4nv, (np.float16, np.float32)
+
+    def convert_with_fp8(data: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if target == fp8:
+            numbers = data.view(floats[source.primitive_bitwidth // 32]).astype(np.float32)
+            return torch.from_numpy(numbers).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        if source == fp8:
+            numbers = torch.from_numpy(np.array(data, np.uint8)).view(torch.float8_e4m3fn).float().numpy()
+            return numbers.astype(floats[target.primitive_bitwidth // 32])
+        return convert(data, source, target, rounding)
+
+    interpreter._convert_float = convert_with_fp8

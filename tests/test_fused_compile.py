@@ -6,13 +6,14 @@ from __future__ import annotations
 import importlib.util
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple
 
 import pytest
 import torch
 
-from runtime.fused.ops import Affine, Fused, Weights
+from runtime.fused.ops import Affine, Fused, Scaling, Weights
 from runtime.fused.tuning import AttentionConfig, Card, Config, Tuning
 
 if importlib.util.find_spec("triton") is None:
@@ -96,6 +97,12 @@ def maps(*shape: int) -> torch.Tensor:
 def weights(nets: int, n: int, depth: int, **options: Any) -> Weights:
     rows = n * (2 if options.get("gated") else 1)
     return Weights(maps(nets, rows, depth), torch.empty(nets, rows), **options)
+
+
+def fp8_weights(nets: int, n: int, depth: int, **options: Any) -> Weights:
+    plain = weights(nets, n, depth, **options)
+    scaling = Scaling(torch.empty(plain.matrix.shape[:2]), 16.0, 0.5)
+    return replace(plain, matrix=plain.matrix.to(torch.float8_e4m3fn), fp8=scaling)
 
 
 def conv(run: Fused) -> None:
@@ -196,6 +203,46 @@ def test_other_kernels(compiled: Callable[..., List[Compiled]], capability: int)
         check(one, capability)
 
 
+# -- FP8 ---------------------------------------------------------------------------------------------------------------
+
+
+def fp8_conv_with_tail(run: Fused) -> None:
+    tail = maps(2, 2, 8, 12, 1920)[..., :640]
+    run.matmul(maps(2, 2, 8, 12, 1280), fp8_weights(2, 1280, 9 * 1280 + 640, taps=9, tail=640), tail=tail)
+
+
+def fp8_up_conv(run: Fused) -> None:
+    run.matmul(maps(1, 1, 64, 96, 512), fp8_weights(4, 512, 4 * 512, taps=4))
+
+
+def fp8_gated(run: Fused) -> None:
+    run.matmul(maps(2, 2, 32, 48, 320), fp8_weights(2, 1280, 320, gated=True))
+
+
+def fp8_linear(run: Fused) -> None:
+    run.matmul(maps(1, 2, 16, 24, 640), fp8_weights(1, 640, 640), residual=maps(1, 2, 16, 24, 640))
+
+
+FP8_CALLS = {call.__name__: call for call in (fp8_conv_with_tail, fp8_up_conv, fp8_gated, fp8_linear)}
+
+
+@pytest.mark.parametrize("capability", [89, 90])
+@pytest.mark.parametrize("name", FP8_CALLS)
+def test_fp8_products(compiled: Callable[..., List[Compiled]], capability: int, name: str) -> None:
+    """By FP8's own instructions; beyond its range it saturates; a block's sum is added to the others in FP32."""
+    (found,) = compiled(capability, FP8_CALLS[name])
+    check(found, capability)
+    assert "cvt.rn.satfinite.e4m3x2.f16x2" in found.ptx
+    assert not re.search(r"cvt\.rn\.e4m3", found.ptx)
+    kind = r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.f32\.e4m3\.e4m3"
+    if capability < 90:
+        kind = r"mma\.sync\.aligned\.m16n8k32\.row\.col\.f32\.e4m3\.e4m3\.f32"
+    assert re.search(kind, found.ptx)
+    behind_first = found.ptx[re.search(kind, found.ptx).end() :]
+    loop = behind_first[: behind_first.index("bra")]
+    assert re.search(r"add(\.rn)?\.f32", loop), "sums stay in the tensor cores"
+
+
 # -- the kernel of compute capability 9.0 ------------------------------------------------------------------------------
 
 
@@ -217,6 +264,38 @@ BOXES = {
     "gated": boxed(gated, 128, 64, 64, 4, 3, 1, 1, 128),
     "linear": boxed(linear, 64, 32, 64, 4, 8, 1, 1, 64),
 }
+
+
+FP8_BOXES = {
+    "conv with tail, cut": boxed(fp8_conv_with_tail, 64, 128, 64, 4, 6, 2, 8, 4),
+    "conv with tail, long blocks": boxed(fp8_conv_with_tail, 128, 64, 128, 8, 3, 2, 8, 8),
+    "up": boxed(fp8_up_conv, 128, 128, 64, 8, 4, 1, 16, 8),
+    "gated": boxed(fp8_gated, 128, 64, 64, 8, 4, 1, 1, 128),
+    "linear": boxed(fp8_linear, 64, 32, 64, 4, 8, 1, 1, 64),
+}
+
+
+@pytest.mark.parametrize("name", FP8_BOXES)
+def test_fp8_boxes(compiled: Callable[..., List[Compiled]], name: str, tmp_path: Path) -> None:
+    """The map goes through the registers, where it is converted, and products are under way meanwhile."""
+    pytest.importorskip("triton.experimental.gluon")
+    (found,) = compiled(90, FP8_BOXES[name])
+    check(found, 90)
+    assert found.kernel.metadata.name == "tma_matmul_kernel"
+    assert re.search(r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.f32\.e4m3\.e4m3", found.ptx)
+    assert "cvt.rn.satfinite.e4m3x2.f16x2" in found.ptx and "cp.async.bulk.tensor" in found.ptx
+    assert "serialized" not in _assembler_notes(found.ptx, tmp_path)
+
+
+def _assembler_notes(ptx: str, folder: Path) -> str:
+    """What the assembler says of a kernel for compute capability 9.0."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    source = folder / "kernel.ptx"
+    source.write_text(ptx, encoding="utf-8")
+    command = [str(tool), "-arch=sm_90a", "-v", str(source), "-o", str(folder / "kernel.cubin")]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 @pytest.mark.parametrize("name", BOXES)

@@ -16,12 +16,13 @@ from cldm.request import Request
 from cldm.weights import Weights
 from deploy.spec import Build
 from ldm.exact import exact_fp32
+from runtime.fused.fp8 import input_ranges, worthwhile
 from runtime.fused.ops import Fused
 from runtime.fused.session import FusedSession
 from runtime.fused.tuning import Card, Config, Tuning, attention_candidates, box, candidates, estimate, fits
 from runtime.torch_session import TorchSession
 from scoring.pictures import OWN_FOLDER
-from tests.fused_cases import ATTENTIONS, MATMULS, Matmul, Operands, relative
+from tests.fused_cases import ATTENTIONS, FP8_ERROR, MATMULS, Matmul, Operands, relative
 from tests.fused_kernel_cases import KERNELS
 from tests.fused_network_cases import compare
 
@@ -60,6 +61,7 @@ def picture() -> np.ndarray:
 def boxed(case: Matmul, splits: int, card: Card) -> List[Config]:
     """Configurations of the kernel for compute capability 9.0 where it can run a case, however small."""
     problem = case.problem()
+    # TMA's rows are whole multiples of 16 bytes: 8 numbers, and 16 of FP8 weights.
     aligned = all(number % 8 == 0 for number in (case.cin, case.tail, case.margin))
     if not card.boxes or case.stride > 1 or case.cin < 32 or not aligned:
         return []
@@ -76,10 +78,17 @@ def check_product(operands: Operands, run: Fused, config: Config) -> None:
     assert found["same"] and found["beside"] and found["counters"] == 0, (config, found)
 
 
+def needs_fp8(card: Card) -> None:
+    if card.capability < 89:
+        pytest.skip("FP8 needs compute capability 8.9")
+
+
 @pytest.mark.parametrize("name", MATMULS)
 def test_small_products(name: str, card: Card) -> None:
     """Both kernels, with and without programmatic launch."""
     case, config = MATMULS[name]
+    if case.fp8:
+        needs_fp8(card)
     operands = Operands(case, "cuda")
     runs = [Fused(Tuning(card), pdl=pdl) for pdl in ((False, True) if card.capability >= 90 else (False, False))]
     configs = [config, estimate(case.problem(), card), *boxed(case, config.splits, card)]
@@ -96,6 +105,22 @@ def test_large_products(name: str, card: Card) -> None:
     for kind in (plain, boxes):
         for i, config in enumerate(kind[:: max(1, len(kind) // 4)]):
             check_product(operands, runs[i % 2], config)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_products_in_fp8(name: str, card: Card) -> None:
+    """Both kernels' tiles; the result is that of the numbers that are left, and comes near that of the others."""
+    needs_fp8(card)
+    case = LARGE[name]._replace(fp8=1)
+    if not worthwhile(case.n, case.cin, case.taps, case.tail):
+        pytest.skip("too small a layer, or one whose blocks have a rest")
+    operands, offered = Operands(case, "cuda"), candidates(case.problem(), card)
+    plain, boxes = ([config for config in offered if bool(config.bx) == kind] for kind in (False, True))
+    runs = [Fused(Tuning(card), pdl=pdl) for pdl in ((False, True) if card.capability >= 90 else (False, False))]
+    for kind in (plain, boxes):
+        for i, config in enumerate(kind[:: max(1, len(kind) // 4)]):
+            check_product(operands, runs[i % 2], config)
+    assert 2e-3 < operands.run(runs[0], offered[0])["before rounding"] < FP8_ERROR
 
 
 @pytest.mark.parametrize("name", ["linear, two nets", "gated", "conv with a tail, 3 parts", "up", "scale by image"])
@@ -183,6 +208,18 @@ def test_networks_of_tiny(
     check_errors(networks_of(tiny_config, tiny_weights, build, card), bound)
 
 
+def test_networks_of_tiny_in_fp8(tiny_config: ModelConfig, tiny_weights: Weights, card: Card) -> None:
+    needs_fp8(card)
+    model = load_model(tiny_config, tiny_weights)
+    ranges = input_ranges(model, "cuda")
+    run = Fused(Tuning(card), pdl=card.capability >= 90)
+    with torch.no_grad(), exact_fp32():
+        errors = compare(Build(tiny_config, 256, 384, 1, "fp8"), model, run, ("step", "decode"), "cuda", ranges)
+    for name, (fused, plain) in errors.items():
+        print(f"{name}: {fused:.2e}, in plain FP16 {plain:.2e}")
+        assert 3 * plain < fused < 0.4, name
+
+
 @pytest.mark.slow
 def test_step_of_sd15(card: Card) -> None:
     config = load_config("sd15")
@@ -235,6 +272,22 @@ def test_the_fused_networks_can_be_turned_off(
     error = relative(found[0], found[1].double())
     print(f"tiny, 4 steps, with and without the fused networks: {error:.2e}")
     assert 0 < error < 2e-2
+
+
+def test_images_in_fp8(tiny_weights: Weights, picture: np.ndarray, card: Card) -> None:
+    """Receipts say so, two starts give the same bits, and the picture is that of FP16 with some noise."""
+    needs_fp8(card)
+    found = {}
+    for name, precision in (("first", "fp8"), ("second", "fp8"), ("plain", "fp16")):
+        hk = hackathon()
+        hk.initialize(model="tiny", precision=precision)
+        found[name] = hk.run(picture, SHORT)
+        assert found[name].receipt.precision == precision and not found[name].receipt.warnings
+        hk.close()
+    assert np.array_equal(found["first"].latent, found["second"].latent)
+    error = relative(torch.from_numpy(found["first"].latent), torch.from_numpy(found["plain"].latent).double())
+    print(f"tiny, 4 steps, FP8 beside FP16: {error:.3f}")
+    assert 1e-3 < error < 0.4
 
 
 def test_too_little_memory_is_an_error_before_any_work(tiny_weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from runtime.fused.ops import MOST_ELEMENTS, Affine, Fused, Weights
 from runtime.fused.tuning import Config, Problem, Tuning
-from tests.fused_cases import ATTENTIONS, CARD, MATMULS
+from tests.fused_cases import ATTENTIONS, CARD, FP8_ERROR, MATMULS
 from tests.fused_kernel_cases import KERNELS
 from tests.interpreted import needs_triton, run_interpreted
 
@@ -29,6 +29,14 @@ def test_product(found: Dict[str, Dict[str, Any]], name: str) -> None:
     assert outcome["beside"], "channels beside the slice were written"
     assert outcome["same"], "a second run gave other bits"
     assert outcome["counters"] == 0, "the counters are not ready for the next launch"
+
+
+@needs_triton
+@pytest.mark.parametrize("name", [name for name, (case, _) in MATMULS.items() if case.fp8 == 1])
+def test_fp8_product_beside_the_numbers_before_rounding(found: Dict[str, Dict[str, Any]], name: str) -> None:
+    error = found["products"][name]["before rounding"]
+    print(f"{name}: {error:.4f}")
+    assert 5e-3 < error < FP8_ERROR
 
 
 @needs_triton

@@ -46,6 +46,16 @@ def test_error_is_that_of_half_precision(
     assert fused < 1.5 * plain
 
 
+@needs_triton
+@pytest.mark.parametrize(("output", "bound"), [("latent_next", 0.25), ("noise", 0.4), ("image", 0.05)])
+def test_error_of_fp8(found: Dict[str, Dict[str, Tuple[float, float]]], output: str, bound: float) -> None:
+    """All layers in FP8; guidance multiplies the error of the noise by up to nine."""
+    (errors,) = [pair for name, pair in found["fp8"].items() if name.endswith(output)]
+    fused, plain = errors
+    print(f"{output}: {fused:.3f}, plain FP16 {plain:.2e}")
+    assert 10 * plain < fused < bound
+
+
 # -- tracing: no launch, the shapes alone ------------------------------------------------------------------------------
 
 
@@ -121,6 +131,8 @@ def test_a_session_reads_and_writes_the_buffers_it_was_given() -> None:
         ((9, 0), "fp16", "0", "HACKATHON_FUSED is 0"),
         ((9, 0), "fp32", None, "no FP32 form"),
         ((7, 5), "fp16", None, "compute capability 8.0, and this GPU has 7.5"),
+        ((8, 9), "fp8", None, None),
+        ((8, 6), "fp8", None, "FP8 needs compute capability 8.9, and this GPU has 8.6"),
     ],
 )
 def test_where_they_run(

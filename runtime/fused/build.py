@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 from cldm.config import ModelConfig
-from deploy.spec import Build, GraphSpec, graph_specs
+from deploy.spec import PRECISIONS, Build, GraphSpec, graph_specs
 from runtime.fused.session import FusedSession
 from runtime.fused.tuning import Tuning, card_slug, read_table, write_table
 from runtime.session import Session
@@ -23,6 +23,8 @@ OVERHEAD_BYTES = 1 << 30
 # What a first start may spend on measuring tile sizes for one picture size.
 TUNING_SECONDS = 180.0
 SMALLEST_TUNED_CHANNELS = 128
+# Ada's and later tensor cores take FP8.
+FP8_CAPABILITY = (8, 9)
 
 
 def fused_problem(device: str, precision: str) -> Optional[str]:
@@ -40,6 +42,8 @@ def fused_problem(device: str, precision: str) -> Optional[str]:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"they need compute capability 8.0, and this GPU has {major}.{minor}"
+    if precision == "fp8" and (major, minor) < FP8_CAPABILITY:
+        return f"FP8 needs compute capability 8.9, and this GPU has {major}.{minor}"
     try:
         importlib.import_module("runtime.fused.kernels")
     except ImportError as error:
@@ -74,7 +78,8 @@ class FusedNetworks:
     model : ControlLDM
         Its weights are copied to the device in half precision; on a CPU it stays where it is.
     device : str
-    precision : {"fp16", "bf16"}
+    precision : {"fp16", "bf16", "fp8"}
+        FP8 is FP16 but for the large products of the step and the decoder, see `fp8`.
     folder : Path
         Compiled kernels and measured tile sizes are kept below.
     report : callable
@@ -92,7 +97,7 @@ class FusedNetworks:
         self._device = device
         self._folder = folder / "tuning"
         self._report = report
-        self._dtype = getattr(torch, {"fp16": "float16", "bf16": "bfloat16"}[precision])
+        self._dtype = getattr(torch, PRECISIONS[precision])
         card = card_of(device)
         self._tuning = Tuning(card, self._stored(card))
         overlap = card.capability >= 90 and _cuda_version() >= (12, 3)
@@ -119,14 +124,26 @@ class FusedNetworks:
         from deploy.graphs import build_graph
         from runtime.fused.networks import FusedDecode, FusedHint, FusedStep, FusedText
 
+        ranges = self._ranges(model) if precision == "fp8" else None
         return {
             "text": FusedText(model, self.run, self._device),
             "hint": FusedHint(model, self.run_apart, self._device),
             # A copy: on a CPU the graph's modules are the model's own.
             "time": copy.deepcopy(build_graph("time", model, precision, 1)).to(self._device),
-            "step": FusedStep(model, self.run, self._device, self.run_apart),
-            "decode": FusedDecode(model, self.run, self._device),
+            "step": FusedStep(model, self.run, self._device, self.run_apart, ranges),
+            "decode": FusedDecode(model, self.run, self._device, ranges),
         }
+
+    def _ranges(self, model: Any) -> Mapping[Any, float]:
+        """How large the layers' inputs get; what the run takes is free again before anything is packed."""
+        import torch
+
+        from runtime.fused.fp8 import input_ranges
+
+        self._report("fp8: a short run in FP16 shows how large the layers' inputs get")
+        ranges = input_ranges(model, self._device)
+        torch.cuda.empty_cache()
+        return ranges
 
     def sessions(self, build: Build) -> Mapping[str, Session]:
         """Sessions for a build's graphs, once the tile sizes that its shapes need are known."""

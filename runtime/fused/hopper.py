@@ -78,7 +78,7 @@ def _load_pixels(
         "blocks",
         "tail_blocks",
     ),
-    do_not_specialize_on_alignment=("scale", "shift", "bias"),
+    do_not_specialize_on_alignment=("scale", "shift", "bias", "steps"),
 )
 def tma_matmul_kernel(
     x,
@@ -108,6 +108,9 @@ def tma_matmul_kernel(
     scale_step,
     scale_rows,
     splits,
+    steps,
+    factor,
+    tail_factor,
     TAPS: gl.constexpr,
     HAS_TAIL: gl.constexpr,
     HAS_BIAS: gl.constexpr,
@@ -116,6 +119,7 @@ def tma_matmul_kernel(
     HAS_SCALE: gl.constexpr,
     ACT: gl.constexpr,
     GATED: gl.constexpr,
+    FP8: gl.constexpr,
     SPLIT: gl.constexpr,
     BB: gl.constexpr,
     BY: gl.constexpr,
@@ -174,24 +178,53 @@ def tma_matmul_kernel(
         if first + i < last:
             _load_pixels(first + i, i, x, tail, x_net, b0, y0, x0, net, blocks, a_slots, bars, TAPS, HAS_TAIL, BK)
     mma_layout: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, BN, 16]
+        version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, BN, 32 if FP8 else 16]
     )
     acc = gl.zeros((BM, BN), gl.float32, layout=mma_layout)
     gate = acc
     if GATED:
         gate = gl.zeros((BM, BN), gl.float32, layout=mma_layout)
+    # FP8 maps are made in the registers, from what was read while the block before was multiplied.
+    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma_layout, k_width=4)
+    if FP8:
+        zero = gl.zeros((BM, BN), gl.float32, layout=mma_layout)
+        numbers = gl.zeros((BM, BK), a_slots.dtype, layout=operand)
+        if first < last:
+            mbarrier.wait(bars.index(0), 0)
+            numbers = a_slots.index(0).reshape([BM, BK]).load(operand)
     for k in range(first, last):
         slot = (k - first) % STAGES
         mbarrier.wait(bars.index(slot), (k - first) // STAGES & 1)
         a = a_slots.index(slot).reshape([BM, BK])
         b = b_slots.index(slot).reshape([BN, BK]).permute((1, 0))
-        acc = warpgroup_mma(a, b, acc, is_async=True)
-        if GATED:
+        if FP8:
+            by = factor
+            if HAS_TAIL:
+                by = gl.where(k < TAPS * blocks, factor, tail_factor)
+            small = (numbers * gl.to_tensor(by).to(numbers.dtype)).to(gl.float8e4nv)
+            block = warpgroup_mma(small, b, zero, use_acc=False, is_async=True)
+            if GATED:
+                g = g_slots.index(slot).reshape([BN, BK]).permute((1, 0))
+                gate_block = warpgroup_mma(small, g, zero, use_acc=False, is_async=True)
+            # Behind the last block that one is read again.
+            ahead = gl.minimum(k + 1, last - 1) - first
+            mbarrier.wait(bars.index(ahead % STAGES), ahead // STAGES & 1)
+            numbers = a_slots.index(ahead % STAGES).reshape([BM, BK]).load(operand)
+            # The tensor cores add with 14 bits or so: a block's sum begins at zero, and is added to the others in FP32.
+            if GATED:
+                added, gate_added = warpgroup_mma_wait(0, deps=(block, gate_block))
+                gate += gate_added
+            else:
+                added = warpgroup_mma_wait(0, deps=(block,))
+            acc += added
+        elif GATED:
+            acc = warpgroup_mma(a, b, acc, is_async=True)
             g = g_slots.index(slot).reshape([BN, BK]).permute((1, 0))
             gate = warpgroup_mma(a, g, gate, is_async=True)
             # Products finish in order: with two of this block out, those of the block before are done.
             acc, gate = warpgroup_mma_wait(2, deps=(acc, gate))
         else:
+            acc = warpgroup_mma(a, b, acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=(acc,))
         # All warps are done with the slot of the block before; it takes the block STAGES after that one.
         gl.thread_barrier()
@@ -242,10 +275,15 @@ def tma_matmul_kernel(
                 acc += gl.load(partials + (whole * splits + part) * (BM * BN) + spot, cache_modifier=".cg")
             gl.store(counters + whole, 0)
     if done:
+        if FP8:
+            steps += far * (2 * N if GATED else N)
+            acc *= gl.load(steps + cols, mask=inside_n, other=0.0)[None, :]
         if HAS_BIAS:
             acc += gl.load(bias + far * bias_net + cols, mask=inside_n, other=0.0).to(gl.float32)[None, :]
         if GATED:
             gates = gl.convert_layout(gate, flat)
+            if FP8:
+                gates *= gl.load(steps + N + cols, mask=inside_n, other=0.0)[None, :]
             if HAS_BIAS:
                 gates += gl.load(bias + far * bias_net + N + cols, mask=inside_n, other=0.0).to(gl.float32)[None, :]
             acc = acc * activate(gates, "gelu")

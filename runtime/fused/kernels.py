@@ -33,6 +33,31 @@ def activate(x, ACT: tl.constexpr):
 
 
 @triton.jit
+def _quantise(a, factor, FP8: tl.constexpr):
+    """A block of a map as the tensor cores take it; in FP8 (e4m3) times a power of two.
+
+    Beyond 448 the card's conversion saturates: to this type it has no other form (PTX's cvt, satfinite).
+    """
+    if FP8:
+        a = (a * tl.full((), factor, a.dtype)).to(tl.float8e4nv)
+    return a
+
+
+@triton.jit
+def _add_product(a, b, acc, FP8: tl.constexpr):
+    """acc + a @ b.T.
+
+    The tensor cores of 8.9 and 9.0 add FP8 products with 14 bits or so. So a block's sum begins at zero, and is added
+    to those before in FP32.
+    """
+    if FP8:
+        acc += tl.dot(a, b.T, max_num_imprecise_acc=b.shape[1])
+    else:
+        acc = tl.dot(a, b.T, acc)
+    return acc
+
+
+@triton.jit
 def _begin(PDL: tl.constexpr):
     """With programmatic launch a kernel starts while the one before still runs, and waits here for its results."""
     if PDL:
@@ -43,7 +68,7 @@ def _begin(PDL: tl.constexpr):
 # Compiled once for all sizes of maps: a variant for each that divides by 16 would multiply what has to be compiled.
 @triton.jit(
     do_not_specialize=("M", "H", "W", "OH", "OW", "splits", "scale_step", "scale_rows", "residual_rows"),
-    do_not_specialize_on_alignment=("scale", "shift", "bias"),
+    do_not_specialize_on_alignment=("scale", "shift", "bias", "steps"),
 )
 def matmul_kernel(
     x,
@@ -80,6 +105,9 @@ def matmul_kernel(
     scale_step,
     scale_rows,
     splits,
+    steps,
+    factor,
+    tail_factor,
     TAPS: tl.constexpr,
     STRIDE: tl.constexpr,
     UP: tl.constexpr,
@@ -90,6 +118,7 @@ def matmul_kernel(
     HAS_SCALE: tl.constexpr,
     ACT: tl.constexpr,
     GATED: tl.constexpr,
+    FP8: tl.constexpr,
     SPLIT: tl.constexpr,
     EVEN: tl.constexpr,
     BM: tl.constexpr,
@@ -104,6 +133,8 @@ def matmul_kernel(
     rows below for the gate. UP is a 3x3 convolution of a map whose pixels count four times each: an output pixel sees
     2 x 2 input pixels, with one of four sets of summed weights by its place. The nets of the grid are these sets, and
     OH and OW the input's sizes.
+
+    FP8: `w` holds e4m3 numbers that count `steps` (nets, rows of w) each, for maps times `factor` and `tail_factor`.
     """
     tiles_m = tl.cdiv(M, BM)
     tile = tl.program_id(0)
@@ -166,13 +197,14 @@ def matmul_kernel(
             b = tl.load(w_rows + place_w)
         else:
             b = tl.load(w_rows + place_w, mask=(c + ks)[None, :] < CIN, other=0.0)
-        acc = tl.dot(a, b.T, acc)
+        a = _quantise(a, factor, FP8)
+        acc = _add_product(a, b, acc, FP8)
         if GATED:
             if EVEN:
                 g = tl.load(w_rows + N * ldw + place_w)
             else:
                 g = tl.load(w_rows + N * ldw + place_w, mask=(c + ks)[None, :] < CIN, other=0.0)
-            gate = tl.dot(a, g.T, gate)
+            gate = _add_product(a, g, gate, FP8)
 
     if HAS_TAIL:
         tail += net * tail_net
@@ -185,7 +217,7 @@ def matmul_kernel(
                 inside_k = (c + ks)[None, :] < CTAIL
                 a = tl.load(tail + safe_rows[:, None] * ldtail + (c + ks)[None, :], mask=inside_k, other=0.0)
                 b = tl.load(w_rows + TAPS * CIN + c, mask=inside_k, other=0.0)
-            acc = tl.dot(a, b.T, acc)
+            acc = _add_product(_quantise(a, tail_factor, FP8), b, acc, FP8)
 
     done = True
     if SPLIT:
@@ -207,6 +239,11 @@ def matmul_kernel(
     if done:
         inside_n = cols < N
         inside_out = (rows < M)[:, None] & inside_n[None, :]
+        if FP8:
+            steps += net * (2 * N if GATED else N)
+            acc *= tl.load(steps + cols, mask=inside_n, other=0.0)[None, :]
+            if GATED:
+                gate *= tl.load(steps + N + cols, mask=inside_n, other=0.0)[None, :]
         if HAS_BIAS:
             bias += net * bias_net
             acc += tl.load(bias + cols, mask=inside_n, other=0.0).to(tl.float32)[None, :]

@@ -17,6 +17,7 @@ from ldm.attention import BasicTransformerBlock, SpatialTransformer
 from ldm.autoencoder import AttnBlock, ResnetBlock
 from ldm.layout import key_value_widths, time_bias_widths
 from ldm.unet import Downsample, ResBlock, Upsample
+from runtime.fused.fp8 import Ranges
 from runtime.fused.ops import Fused, Weights
 from runtime.fused.packing import Packer
 
@@ -159,13 +160,22 @@ class FusedStep:
     device : str
     apart : Fused, optional
         Launches on a stream of its own: nothing else may use it while a step runs. Default: one without tuning.
+    ranges : mapping of modules to floats, optional
+        Of `fp8.input_ranges`: the large products are of FP8.
     """
 
-    def __init__(self, model: ControlLDM, run: Fused, device: str, apart: Optional[Fused] = None) -> None:
+    def __init__(
+        self,
+        model: ControlLDM,
+        run: Fused,
+        device: str,
+        apart: Optional[Fused] = None,
+        ranges: Optional[Ranges] = None,
+    ) -> None:
         self.run = run
         self.apart = apart or Fused(run.tuning, run.dtype)
         self._stream: Optional[torch.cuda.Stream] = None
-        pack = Packer(device, run.dtype)
+        pack = Packer(device, run.dtype, ranges)
         config, unet, control = model.config.unet, model.unet, model.control_model
         times = _Parts(time_bias_widths(config, True), sum(time_bias_widths(config, True)))
         pairs = [2 * width for width in key_value_widths(config, True)]
@@ -360,11 +370,11 @@ class FusedHint:
 
 
 class FusedDecode:
-    """The decode graph: the autoencoder's decoder, to uint8 pixels."""
+    """The decode graph: the autoencoder's decoder, to uint8 pixels; `ranges` as the step's."""
 
-    def __init__(self, model: ControlLDM, run: Fused, device: str) -> None:
+    def __init__(self, model: ControlLDM, run: Fused, device: str, ranges: Optional[Ranges] = None) -> None:
         self.run = run
-        pack = Packer(device, run.dtype)
+        pack = Packer(device, run.dtype, ranges)
         autoencoder = model.first_stage_model
         decoder = autoencoder.decoder
         self.factor = 1.0 / autoencoder.config.scale_factor

@@ -23,6 +23,22 @@ LOG2_E = math.log2(math.e)
 MOST_ELEMENTS = 2**31 - 1
 
 
+class Scaling(NamedTuple):
+    """What the numbers of an FP8 matrix count, and what the maps that it multiplies are to be multiplied by first.
+
+    Attributes
+    ----------
+    steps : (nets, rows of the matrix) float32 tensor
+        Where there is no FP8, a stand-in that no kernel looks at.
+    factor, tail_factor : float
+        Powers of two; of the map, and of the tail's.
+    """
+
+    steps: torch.Tensor
+    factor: float
+    tail_factor: float = 1.0
+
+
 @dataclass(frozen=True)
 class Weights:
     """Packed weights of a convolution or linear layer of one or more nets.
@@ -40,6 +56,8 @@ class Weights:
     gated : bool
     static : bool
         Nothing on the device writes the matrix, so a kernel may read it while the one before still runs.
+    fp8 : Scaling, optional
+        Of a matrix of float8_e4m3fn.
     """
 
     matrix: torch.Tensor
@@ -49,6 +67,7 @@ class Weights:
     stride: int = 1
     gated: bool = False
     static: bool = True
+    fp8: Optional[Scaling] = None
 
     @property
     def out_channels(self) -> int:
@@ -117,6 +136,7 @@ class _Epilogue:
             "TAPS": self._problem.taps,
             "HAS_TAIL": self._problem.tail > 0,
             "GATED": self._problem.gated,
+            "FP8": self._problem.fp8,
             "SPLIT": config.splits > 1,
             "BN": config.bn,
             "BK": config.bk,
@@ -203,6 +223,7 @@ class Fused:
             gated=weights.gated,
             height=oh,
             width=ow,
+            fp8=weights.fp8 is not None,
         )
         if out is None:
             factor = 2 if up else 1
@@ -256,6 +277,7 @@ class Fused:
             matrix.stride(0),
             *epilogue.net_steps,
             config.splits,
+            *(weights.fp8 or Scaling(matrix, 1.0)),
             STRIDE=problem.stride,
             UP=problem.taps == 4,
             EVEN=problem.cin % config.bk == 0 and problem.tail % config.bk == 0,
@@ -300,6 +322,7 @@ class Fused:
             *epilogue.row_steps,
             *epilogue.net_steps,
             config.splits,
+            *(weights.fp8 or Scaling(matrix, 1.0)),
             BB=block[1],
             BY=config.by,
             BX=config.bx,
@@ -690,7 +713,7 @@ def _descriptor(tensor: torch.Tensor, shape: List[int], strides: List[int], bloc
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    element = gl.bfloat16 if tensor.dtype == torch.bfloat16 else gl.float16
+    element = {torch.bfloat16: gl.bfloat16, torch.float8_e4m3fn: gl.float8e4nv}.get(tensor.dtype, gl.float16)
     layout = gl.NVMMASharedLayout.get_default_for(list(block), element)
     return TensorDescriptor(tensor, shape, strides, list(block), layout)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Optional, Sequence, Tuple
+from dataclasses import replace
+from typing import Any, Optional, Sequence, Tuple
 
 import torch
 from torch import nn
 
 from ldm.norm import GroupNorm, LayerNorm
+from runtime.fused.fp8 import Ranges, factors_of, quantise, worthwhile
 from runtime.fused.ops import Affine, Weights
 
 
@@ -19,11 +21,31 @@ class Packer:
     device : str
     dtype : torch.dtype
         float16 or bfloat16; biases and norms stay FP32.
+    ranges : mapping of modules to floats, optional
+        Largest magnitudes of their inputs: layers that are there, and large enough, are packed in FP8.
     """
 
-    def __init__(self, device: str, dtype: torch.dtype) -> None:
+    def __init__(self, device: str, dtype: torch.dtype, ranges: Optional[Ranges] = None) -> None:
         self.device = device
         self.dtype = dtype
+        self.ranges = ranges
+
+    def _weights(
+        self,
+        matrices: Sequence[torch.Tensor],
+        bias: Optional[torch.Tensor],
+        layers: Sequence[nn.Module],
+        tails: Optional[Sequence[nn.Module]] = None,
+        **options: Any,
+    ) -> Weights:
+        """In FP8 where that is wanted; the layers are those of all nets that have one input."""
+        plain = Weights(torch.empty(len(matrices), *matrices[0].shape, device="meta"), bias, **options)
+        factors = factors_of(self.ranges, layers, tails)
+        if factors is None or not worthwhile(plain.out_channels, plain.in_channels, plain.taps, plain.tail):
+            return replace(plain, matrix=self._matrix(matrices))
+        wide = torch.stack([matrix.detach().to(self.device, torch.float32) for matrix in matrices])
+        matrix, scaling = quantise(wide, plain.tail, *factors)
+        return replace(plain, matrix=matrix, fp8=scaling)
 
     def _matrix(self, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.stack([m.detach().to(self.device, self.dtype) for m in matrices]).contiguous()
@@ -40,9 +62,11 @@ class Packer:
             matrices = [torch.cat([m, conv_matrix(tail.weight)], dim=1) for m, tail in zip(matrices, tails)]
             biases = [bias + tail.bias for bias, tail in zip(biases, tails)]
         first = convs[0]
-        return Weights(
-            self._matrix(matrices),
+        return self._weights(
+            matrices,
             self.vector(biases),
+            convs,
+            tails,
             taps=first.kernel_size[0] * first.kernel_size[1],
             tail=0 if tails is None else tails[0].in_channels,
             stride=first.stride[0],
@@ -64,11 +88,11 @@ class Packer:
                     for x in range(3):
                         summed[:, :, rows[y], cols[x]] += weight[:, :, y, x]
                 phases.append(conv_matrix(summed))
-        return Weights(self._matrix(phases), self.vector([conv.bias] * 4), taps=4)
+        return self._weights(phases, self.vector([conv.bias] * 4), [conv], taps=4)
 
     def linear(self, layers: Sequence[nn.Linear], gated: bool = False) -> Weights:
         biases = None if layers[0].bias is None else self.vector([layer.bias for layer in layers])
-        return Weights(self._matrix([layer.weight for layer in layers]), biases, gated=gated)
+        return self._weights([layer.weight for layer in layers], biases, layers, gated=gated)
 
     def side_by_side(self, layers: Sequence[Sequence[nn.Module]], scales: Optional[Sequence[float]] = None) -> Weights:
         """Layers of one input as one: for each net a sequence of them, their outputs in order, each times its scale."""
@@ -81,7 +105,7 @@ class Packer:
             biases = self.vector(
                 [torch.cat([layer.bias * factor for layer, factor in zip(parts, factors)]) for parts in layers]
             )
-        return Weights(self._matrix(matrices), biases)
+        return self._weights(matrices, biases, [layer for parts in layers for layer in parts])
 
     def group_norm(self, norms: Sequence[GroupNorm]) -> Affine:
         gamma, beta = self._affine(norms)

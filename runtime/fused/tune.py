@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 import triton
 
 from cldm.machine import available_cores
-from runtime.fused.ops import Fused, Weights
+from runtime.fused.ops import Fused, Scaling, Weights
 from runtime.fused.tuning import (
     AttentionConfig,
     AttentionProblem,
@@ -63,6 +64,11 @@ class Bench:
         self.device = device
         self.pool = self.random(POOL_BYTES // 2)
 
+    @cached_property
+    def pool_fp8(self) -> torch.Tensor:
+        """As many numbers, half the bytes."""
+        return self.pool.to(torch.float8_e4m3fn)
+
     def random(self, *shape: int) -> torch.Tensor:
         """Of the maps' type; zeros would be multiplied faster than real numbers."""
         return torch.randn(shape, device=self.device).to(self.run.dtype)
@@ -70,6 +76,7 @@ class Bench:
     def products(self, problem: Problem, shape: Tuple[int, ...]) -> List[Callable[[Config], Any]]:
         """A launch for each set of weights that fits the pool; `shape` is the input map's."""
         x = self.random(*shape)
+        pool = self.pool_fp8 if problem.fp8 else self.pool
         rows = problem.n * (2 if problem.gated else 1)
         size = problem.nets * rows * problem.depth
         count = max(2, min(MOST_LAUNCHES, self.pool.numel() // size))
@@ -80,8 +87,11 @@ class Bench:
         tail = self.random(*out.shape[:4], problem.tail) if problem.tail else None
         launches = []
         for i in range(count):
-            matrix = self.pool[i * step : i * step + size].view(problem.nets, rows, problem.depth)
-            weights = Weights(matrix, bias, problem.taps, problem.tail, problem.stride, problem.gated)
+            matrix = pool[i * step : i * step + size].view(problem.nets, rows, problem.depth)
+            scaling = None
+            if problem.fp8:
+                scaling = Scaling(torch.ones_like(bias), 1.0)
+            weights = Weights(matrix, bias, problem.taps, problem.tail, problem.stride, problem.gated, fp8=scaling)
 
             def launch(config: Config, weights: Weights = weights) -> None:
                 self.run.matmul(x, weights, out, tail=tail, config=config)

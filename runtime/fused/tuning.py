@@ -17,7 +17,10 @@ SHARED_MEMORY = 227 * 1024
 
 
 class Problem(NamedTuple):
-    """A convolution or linear layer: (m, taps * cin + tail) by (n, taps * cin + tail), `nets` times."""
+    """A convolution or linear layer: (m, taps * cin + tail) by (n, taps * cin + tail), `nets` times.
+
+    With `fp8` the weights lie in memory as FP8, a byte each, and the map as ever.
+    """
 
     nets: int
     m: int
@@ -29,6 +32,7 @@ class Problem(NamedTuple):
     gated: bool = False
     height: int = 1
     width: int = 0
+    fp8: bool = False
 
     @property
     def images(self) -> int:
@@ -59,7 +63,8 @@ class Problem(NamedTuple):
             if there
         )
         size = f"m={self.m}" if self.taps == 1 else f"{self.images}x{self.height}x{self.width}"
-        return f"{kind} nets={self.nets} {size} n={self.n} cin={self.cin} tail={self.tail}"
+        key = f"{kind} nets={self.nets} {size} n={self.n} cin={self.cin} tail={self.tail}"
+        return f"{key} fp8" if self.fp8 else key
 
 
 class Config(NamedTuple):
@@ -113,9 +118,9 @@ class Card(NamedTuple):
 
 
 def shared_bytes(problem: Problem, config: Config) -> int:
-    """Shared memory of a program: the blocks in flight, two bytes an element."""
-    rows = config.bm + config.bn * (2 if problem.gated else 1)
-    return rows * config.bk * 2 * config.stages
+    """Shared memory of a program: the blocks in flight, two bytes an element, and one of FP8 weights."""
+    row_bytes = 2 * config.bm + (1 if problem.fp8 else 2) * config.bn * (2 if problem.gated else 1)
+    return row_bytes * config.bk * config.stages
 
 
 def row_tiles(problem: Problem, config: Config) -> int:
@@ -149,7 +154,10 @@ def fits(problem: Problem, config: Config, card: Card) -> bool:
     """Whether a configuration can run a problem on a card."""
     if shared_bytes(problem, config) > card.shared_memory or (problem.gated and config.splits > 1):
         return False
-    rows = config.bm * config.bn * (2 if problem.gated else 1)
+    # A block's FP8 products are summed apart, and the kernel of 9.0 reads one block of the map ahead.
+    if problem.fp8 and (config.bk < 32 or (config.bx and config.stages < 3)):
+        return False
+    rows = config.bm * config.bn * ((2 if problem.gated else 1) + (1 if problem.fp8 else 0))
     if rows > 128 * 256 or rows // (32 * config.warps) > 128:  # sums that do not fit the registers
         return False
     blocks = problem.taps * -(-problem.cin // config.bk) + -(-problem.tail // config.bk)
@@ -203,9 +211,45 @@ _FEW_SHAPES = (
 )
 
 
+# And those of FP8 weights, of both kernels. The sums of a block take registers of their own.
+_FP8_SHAPES = ((128, 128, 8, (3,)), (128, 64, 4, (3, 4)), (128, 64, 8, (3,)), (64, 64, 4, (3, 4)), (64, 32, 4, (4,)))
+_FP8_BOX_SHAPES = (
+    (64, 32, 4, (6, 10)),
+    (64, 64, 4, (4, 8)),
+    (64, 128, 4, (4, 6)),
+    (128, 64, 4, (4, 6)),
+    (128, 64, 8, (4, 6)),
+    (128, 128, 8, (4, 5)),
+    (256, 64, 8, (4,)),
+)
+
+
+def _boxes(problem: Problem, card: Card) -> bool:
+    """Whether the kernel of compute capability 9.0 can run a problem."""
+    return card.boxes and problem.stride == 1 and problem.cin >= 32 and problem.cin % 8 == 0 and problem.tail % 8 == 0
+
+
+def _fp8_shapes(problem: Problem, card: Card) -> Iterator[Config]:
+    """Tiles without splits; one byte a weight asks for longer blocks, where the channels allow it."""
+    for bk in (128, 64, 32):
+        if problem.cin % bk == 0 and problem.tail % bk == 0:
+            for bm, bn, warps, depths in _FP8_SHAPES:
+                for stages in depths if bk <= 64 else depths[:1]:
+                    yield Config(bm, bn, bk, warps, stages)
+            if _boxes(problem, card):
+                for bm, bn, warps, depths in _FP8_BOX_SHAPES:
+                    for stages in depths if bk <= 64 else (depths[0] - 1,):
+                        yield Config(bm, bn, bk, warps, stages, 1, *box(problem, bm))
+            if bk <= 64:
+                return
+
+
 def _shapes(problem: Problem, card: Card) -> Iterator[Config]:
     """Tiles without splits, of both kernels."""
-    boxes = card.boxes and problem.stride == 1 and problem.cin >= 32 and problem.cin % 8 == 0 and problem.tail % 8 == 0
+    if problem.fp8:
+        yield from _fp8_shapes(problem, card)
+        return
+    boxes = _boxes(problem, card)
     bk = next((size for size in (64, 32) if problem.cin % size == 0 and problem.tail % size == 0), 16)
     for bm, bn, warps, depths in _FEW_SHAPES if boxes and problem.n >= 32 else _SHAPES:
         for stages in depths:
@@ -296,7 +340,16 @@ class Tuning:
             config = Config(*found)
             if fits(problem, config, self.card) and (not config.bx or self.card.boxes):
                 return config
-        return estimate(problem, self.card)
+        return self._of_fp16(problem) or estimate(problem, self.card)
+
+    def _of_fp16(self, problem: Problem) -> Optional[Config]:
+        """For an FP8 problem that nobody measured: the same one's tile in FP16, on more warps where it takes them."""
+        found = self.table.get(problem._replace(fp8=False).key()) if problem.fp8 else None
+        if found is None:
+            return None
+        config = Config(*found)
+        offered = [config, config._replace(warps=2 * config.warps)] if self.card.boxes or not config.bx else []
+        return next((one for one in offered if one.warps <= 8 and fits(problem, one, self.card)), None)
 
     def attention(self, problem: AttentionProblem) -> AttentionConfig:
         """The same for attention."""

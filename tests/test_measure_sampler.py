@@ -24,6 +24,7 @@ from sampling.trajectory import Levels, record
 from tests.small_model import small_config
 from tools import measure_sampler
 from tools.sampler import cases as case_module
+from tools.sampler.bound import FREEDOMS, own_weights
 from tools.sampler.cases import FIRST_FITTED, FIRST_MEASURED, Case, at_guidance, kinds_of, scene_cases
 from tools.sampler.chart import Panel, draw_chart
 from tools.sampler.methods import TEAM_LISTS, Methods, dpm_solver, refit, unipc
@@ -228,6 +229,36 @@ def test_methods_by_name(tmp_path: Path) -> None:
     assert without.plan("DDIM, best subset", 5) is None and without.plan("linear, spread subset", 5) is not None
 
 
+# --- bound
+
+
+def test_own_weights_are_exact_where_two_predictions_tell_all() -> None:
+    """Noises on a line in time, another line for each case: the last two give every sum, one does not."""
+    levels, rng = Levels(SCHEDULE, 20), np.random.default_rng(0)
+    start, slope, initial = rng.normal(size=(3, 3, 12)).astype(np.float32)
+
+    def line(cases: Sequence[int], timestep: int, latents: np.ndarray) -> np.ndarray:
+        return start[list(cases)] + timestep / 200 * slope[list(cases)]
+
+    reference = record(line, levels, initial)
+    errors = [own_weights(line, levels, reference, (19, 18, 14, 9, 3), freedom) for freedom in FREEDOMS]
+    assert errors[0].shape == (3,) and errors[0].min() > 5e-3
+    for exact in errors[1:]:
+        assert exact.max() < 1e-5
+
+
+def test_own_weights_are_never_worse_with_more_of_them(network: CaseNetwork) -> None:
+    levels = Levels(SCHEDULE, 20)
+    reference = record_all(network, levels)
+    indices = (19, 4)  # one segment before the last prediction: nothing that is undone later
+    errors = [own_weights(network.predict, levels, reference, indices[:1], freedom) for freedom in FREEDOMS]
+    held = relative_errors(
+        run_plan(network.predict, subset_plan(SCHEDULE, 20, indices[:1]), reference.initial), reference.final
+    )
+    assert (errors[0] <= held * (1 + 1e-5)).all()
+    assert (errors[1] <= errors[0] * (1 + 1e-5)).all() and (errors[2] < errors[1]).all()
+
+
 # --- savings
 
 
@@ -333,6 +364,7 @@ def _report() -> StudyReport:
     report.add_saving("residuals of the last 1 reused", 8, 15.5, 0.1, 0.11)
     report.add_transfer("guidance 5", 8, {"calibrated": 0.1})
     report.add_precision(20, 0, 0.01)
+    report.add_bound((19, 9), {"held": 0.2, "the last 2": 0.1})
     return report
 
 
@@ -349,6 +381,7 @@ def test_tables() -> None:
     assert "| 7 | calibrated | 1.30 | 1.2 | **missed** |" in tables["wanted"]
     assert tables["savings"].endswith("| residuals of the last 1 reused | 8 | 15.50 | 0.100 | 0.110 | yes |")
     assert tables["transfer"].endswith("| guidance 5 | 8 | 0.100 |")
+    assert tables["bound"].endswith("| 2 | 19 9 | 0.200 | 0.100 |")
     assert "PSNR, dB, 8 evaluations" in tables["images-fp32"] and "PD" not in tables["images-fp32"]
 
 
@@ -419,7 +452,7 @@ def test_all_of_it_on_a_small_model(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(measure_sampler, "SAVING_COUNTS", (5,))
     monkeypatch.setattr(measure_sampler, "SAVINGS", (Saving(reused=1), Saving(guessed=1)))
     document = tmp_path / "sampler.md"
-    names = ("errors-fp32", "images-fp32", "transfer", "savings", "measured")
+    names = ("errors-fp32", "images-fp32", "transfer", "savings", "bound", "measured")
     document.write_text("".join(f"<!-- begin {name} -->\n<!-- end {name} -->\n" for name in names), encoding="utf-8")
     monkeypatch.setattr(measure_sampler, "DOCS", document)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -431,7 +464,7 @@ def test_all_of_it_on_a_small_model(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "--methods",
         "DDIM, best subset;calibrated, polished",
         "--only",
-        "errors,transfer,savings,precision",
+        "errors,transfer,savings,precision,bound",
         "--docs",
     ]
     command += ["--calibration", str(_calibration(tmp_path)), "--output", str(tmp_path / "out")]
@@ -445,6 +478,8 @@ def test_all_of_it_on_a_small_model(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     wheres = [row["where"] for row in study["transfer"]]
     assert wheres == ["guidance 5", "photographs", "birds, used on photographs", "birds, used on other scenes"]
     assert [(row["evaluations"], row["halves"] < 10) for row in study["savings"]] == [(5, True)] * 2
+    (own,) = {len(row["indices"]) for row in study["bound"]}
+    assert own == 4 and all(row["errors"]["the last 2"] > 0 for row in study["bound"])
     assert study["settings"]["kinds"] == {"bird": 1, "boat": 1}
     output = capsys.readouterr()
     assert measure_sampler.main([*command, "--seconds", "1e-9", "--output", str(tmp_path / "short")]) == 0

@@ -35,6 +35,7 @@ from ldm.plans import SamplingPlan, exact_plan, spread_indices, subset_plan  # n
 from sampling.calibration import Calibration, CalibrationError, find_calibration, load_calibration  # noqa: E402
 from sampling.trajectory import Levels, Network, Trajectories  # noqa: E402
 from scoring.metrics import psnr  # noqa: E402
+from tools.sampler.bound import FREEDOMS, own_weights  # noqa: E402
 from tools.sampler.cases import (  # noqa: E402
     FIRST_FITTED,
     FIRST_MEASURED,
@@ -77,7 +78,7 @@ class OutOfTime(Exception):
     """The seconds that were allowed are over."""
 
 
-SECTIONS = ("errors", "precision", "latency", "transfer", "savings")
+SECTIONS = ("errors", "precision", "latency", "transfer", "savings", "bound")
 
 
 class Study:
@@ -283,6 +284,22 @@ class Study:
             "fp32": self._step_milliseconds(self.network),
             "fp16": self._step_milliseconds(half),
         }
+
+    def bound(self) -> None:
+        """How close weighted sums of earlier predictions can come at all: each case's own weights, of its own end."""
+        for count in TRANSFER_COUNTS:
+            for kind in ("subset", "calibrated"):
+                point = self.methods.point(count, kind)
+                if point is None:
+                    continue
+                errors = {}
+                for freedom in FREEDOMS:
+                    self.check_time()
+                    found = own_weights(self.network.predict, self.levels, self.reference, point.indices, freedom)
+                    errors[str(freedom)] = float(found.mean())
+                held = subset_plan(self.schedule, STEPS, point.indices)
+                errors = {"held": self.error(held, self.network.predict, self.reference), **errors}
+                self.report.add_bound(point.indices, errors)
 
     def _step_milliseconds(self, network: CaseNetwork, repeats: int = 5) -> float:
         """Median wall time of one evaluation of all cases."""

@@ -30,12 +30,19 @@ class StudyReport:
     settings : dict
         What ran, on what.
     values : dict
-        errors: by precision, method and evaluations; transfer, savings, precision: rows; latency: by precision.
+        errors: by precision, method and evaluations; transfer, savings, precision, bound: rows; latency: by precision.
     """
 
     def __init__(self) -> None:
         self.settings: Dict[str, Any] = {}
-        self.values: Dict[str, Any] = {"errors": {}, "transfer": [], "savings": [], "precision": [], "latency": {}}
+        self.values: Dict[str, Any] = {
+            "errors": {},
+            "transfer": [],
+            "savings": [],
+            "precision": [],
+            "latency": {},
+            "bound": [],
+        }
 
     def add_error(self, precision: str, method: str, evaluations: int, values: Dict[str, float]) -> None:
         self.values["errors"].setdefault(precision, {}).setdefault(method, {})[evaluations] = values
@@ -56,6 +63,10 @@ class StudyReport:
         row = {"backend": backend, "fixed_ms": fixed_ms, "evaluation_ms": evaluation_ms}
         self.values["latency"][precision] = row
 
+    def add_bound(self, indices: Sequence[int], errors: Dict[str, float]) -> None:
+        """Errors of students with weights of their own, by what the weights are of."""
+        self.values["bound"].append({"indices": list(indices), "errors": errors})
+
     def tables(self) -> Dict[str, str]:
         """Markdown of every part that was measured, by name."""
         found = {f"errors-{name}": self._errors(name) for name in self.values["errors"]}
@@ -69,6 +80,8 @@ class StudyReport:
             found["precision"] = self._precision()
         if self.values["latency"]:
             found["latency"] = self._latency()
+        if self.values["bound"]:
+            found["bound"] = self._bound()
         found["measured"] = self._measured()
         return {name: text for name, text in found.items() if text}
 
@@ -173,6 +186,19 @@ class StudyReport:
         counts = sorted({row["evaluations"] for row in rows}, reverse=True)
         body = [[str(count), *(_number(known.get((count, first)), ".2e") for first in firsts)] for count in counts]
         return markdown(["evaluations, of which first in FP32", *map(str, firsts)], body)
+
+    def _bound(self) -> str:
+        rows = self.values["bound"]
+        names = list(rows[0]["errors"])
+        body = [
+            [
+                str(len(row["indices"])),
+                " ".join(map(str, row["indices"])),
+                *(_number(row["errors"].get(name), ".3f") for name in names),
+            ]
+            for row in rows
+        ]
+        return markdown(["evaluations", "steps evaluated", *names], body)
 
     def _latency(self) -> str:
         body = [

@@ -201,7 +201,8 @@ def curve(title: str, subtitle: str, labels: Tuple[str, str], points: Sequence[T
         No points, or one that is negative or not finite.
     """
     _check([value for point in points for value in point])
-    ends = [round_up(max(point[axis] for point in points)) for axis in (0, 1)]
+    # Above the highest point is room for its number.
+    ends = [round_up(room * max(point[axis] for point in points)) for axis, room in ((0, 1.0), (1, 1.1))]
     bottom, left = TITLE + PLOT_HEIGHT, 80
     right = WIDTH - RIGHT
 

@@ -191,16 +191,17 @@ def draw(results: Found) -> Dict[str, str]:
     height, width = (about.get("ours", {}).get(name) for name in ("height", "width"))
     subtitle = (
         f"{about.get('device')}, {about['model']} in {about['precision']}, {height} x {width},"
-        f" {about['steps']} steps of batch 2; medians; peers' stages have waits between them"
+        f" {about['steps']} steps of batch 2; medians"
     )
+    apart = f"{subtitle}; peers' stages have waits between them"
     drawings: Dict[str, str] = {}
     rows = image_parts(results)
     if rows:
-        drawings["stages"] = bars("One image by stage", subtitle, "milliseconds", rows)
+        drawings["stages"] = bars("One image by stage", apart, "milliseconds", rows)
         steps = {name: {"a step": row["all steps"] / about["steps"]} for name, row in rows.items()}
         floor = sections.get("floor", {}).get("milliseconds", {}).get("step")
         mark = None if floor is None else (f"floor {number(floor)}", floor)
-        drawings["step"] = bars("One guided step", subtitle, "milliseconds", steps, mark)
+        drawings["step"] = bars("One guided step", apart, "milliseconds", steps, mark)
     points = [
         (r["samples"], r["images_a_second"]) for r in sections.get("throughput", {}).get("rows", []) if "call" in r
     ]

@@ -437,6 +437,10 @@ constexpr Shape3 kSd15[] = {{2, 320, 1536}, {2, 640, 1536}, {2, 960, 1536}, {2, 
     {2, 1280, 384}, {2, 1920, 384}, {2, 640, 96}, {2, 1280, 96}, {2, 1920, 96}, {2, 2560, 96}, {2, 1280, 24},
     {2, 2560, 24}, {1, 512, 1536}, {1, 512, 6144}, {1, 512, 24576}, {1, 256, 24576}, {1, 256, 98304}, {1, 128, 98304}};
 
+// What the CUDA path's encoder calls: UNet and ControlNet as one batch, whose halves have parameters of their own.
+constexpr Shape3 kSd15TwoNets[] = {
+    {4, 320, 1536}, {4, 320, 384}, {4, 640, 384}, {4, 640, 96}, {4, 1280, 96}, {4, 1280, 24}};
+
 inline GroupNormParams sd15Params(Shape3 const& shape, Layout layout) {
     GroupNormParams p;
     p.batch = shape.batch;
@@ -449,6 +453,21 @@ inline GroupNormParams sd15Params(Shape3 const& shape, Layout layout) {
     p.layout = layout;
     p.dataType = p.parameterType = p.biasType = DataType::kHalf;
     return p;
+}
+
+// Every norm of sd15 in both layouts, and those of two networks in the one that has them.
+inline std::vector<GroupNormParams> allSd15Params() {
+    std::vector<GroupNormParams> all;
+    for (Shape3 const& shape : kSd15) {
+        for (Layout layout : {Layout::kNCHW, Layout::kNHWC}) {
+            all.push_back(sd15Params(shape, layout));
+        }
+    }
+    for (Shape3 const& shape : kSd15TwoNets) {
+        all.push_back(sd15Params(shape, Layout::kNHWC));
+        all.back().parameterRows = 2;
+    }
+    return all;
 }
 
 // The table of plans and their times that tools/fit_group_norm_plan.py reads: its first line, and one for each plan.

@@ -28,12 +28,9 @@ int checkCases(int count, uint64_t seed, cudaStream_t stream) {
     constexpr int64_t kMostElements = 4000000;
     Random random(seed);
     std::vector<Case> cases;
-    for (Shape3 const& shape : kSd15) {
-        for (Layout layout : {Layout::kNCHW, Layout::kNHWC}) {
-            Case c;
-            c.params = sd15Params(shape, layout);
-            cases.push_back(c);
-        }
+    for (GroupNormParams const& params : allSd15Params()) {
+        cases.emplace_back();
+        cases.back().params = params;
     }
     cases.resize(std::min<size_t>(cases.size(), static_cast<size_t>(count)));
     while (cases.size() < static_cast<size_t>(count)) {
@@ -189,11 +186,9 @@ void timeAll(cudaDeviceProp const& device, cudaStream_t stream) {
     std::printf(
         "| N x C x pixels | layout | cache | MiB | norm us | apart us | copy us | copy / norm | norm GB/s | path |\n");
     std::printf("|---|---|---|---|---|---|---|---|---|---|\n");
-    for (Shape3 const& shape : kSd15) {
-        for (Layout layout : {Layout::kNCHW, Layout::kNHWC}) {
-            for (bool cold : {false, true}) {
-                timeShape(sd15Params(shape, layout), cold, device, stream);
-            }
+    for (GroupNormParams const& params : allSd15Params()) {
+        for (bool cold : {false, true}) {
+            timeShape(params, cold, device, stream);
         }
     }
 }
@@ -252,10 +247,8 @@ void writePlans(char const* path, cudaDeviceProp const& device, cudaStream_t str
         std::exit(2);
     }
     writePlanColumns(file);
-    for (Shape3 const& shape : kSd15) {
-        for (Layout layout : {Layout::kNCHW, Layout::kNHWC}) {
-            timePlans(sd15Params(shape, layout), device, stream, file);
-        }
+    for (GroupNormParams const& params : allSd15Params()) {
+        timePlans(params, device, stream, file);
     }
     std::fclose(file);
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import Dict, FrozenSet, List, Tuple
+from typing import Any, Dict, FrozenSet, List, Tuple
 
 import pytest
 import torch
@@ -257,3 +257,37 @@ def test_what_is_no_table_is_refused(tmp_path: Path, content: str) -> None:
     path.write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match="table.json is not a table of tile sizes: .*; delete it, it is made again"):
         read_table(path)
+
+
+# -- in place ----------------------------------------------------------------------------------------------------------
+
+
+@needs_triton
+def test_refine_goes_by_the_time_of_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest problem first; a gain below a thousandth is none, nor is a lucky measurement; a failure is passed."""
+    tune = pytest.importorskip("runtime.fused.tune")
+    run = Fused(Tuning(H200))
+    table = run.tuning.table
+    cost = {"large": {(1,): 2.0, (2,): 1.5, (3,): 1.8}, "small": {(1,): 1.0, (2,): 0.9995, (3,): 0.8, (4,): 0.1}}
+    asked: List[Dict[str, Tuple[int, ...]]] = []
+
+    def network_time(enqueue: Any) -> float:
+        now = {key: tuple(row) for key, row in table.items()}
+        asked.append(now)
+        if now["small"] == (4,):
+            raise RuntimeError("out of resources")
+        if now["small"] == (3,) and asked.count(now) > 1:
+            return 9.0  # the first time was luck
+        return sum(cost[key][now[key]] for key in cost)
+
+    monkeypatch.setattr(tune, "_network_time", network_time)
+    monkeypatch.setattr(tune, "_compile_all", lambda *arguments: None)
+    lines: List[str] = []
+    ranked = {"small": [(1,), (2,), (3,), (4,)], "large": [(1,), (2,), (3,)]}
+    best = tune.refine(run, lambda: None, ranked, {"large": 2.0, "small": 1.0}, "cuda", lines.append)
+    assert table == {"large": [2], "small": [1]} and best == 2.5
+    assert [now["large"] for now in asked[:3]] == [(1,), (2,), (2,)], "the largest first, and a gain is looked at twice"
+    assert "3.000 to 2.500 ms" in lines[-1]
+    table.clear()
+    assert tune.refine(run, lambda: None, ranked, {}, "cuda", lines.append, seconds=-1.0) == 3.0
+    assert table == {"large": [1], "small": [1]} and "out of time, 2 problems" in lines[-2]

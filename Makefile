@@ -7,6 +7,9 @@ SHELL := bash
 # Passed on to compute_score.py or pytest, for example: make score ARGS="--limit 2"
 ARGS ?=
 
+# A process for each core, up to four; each file's tests stay in one. tests/conftest.py says when it is one for all.
+PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
+
 help:
 	@echo 'make score   preprocess.sh, then compute_score.py over the pictures'
 	@echo 'make test    the tests'
@@ -20,7 +23,7 @@ score:
 
 test:
 	@bash preprocess.sh --dev --env-only
-	@python="$$(bash preprocess.sh --dev --which)" && "$$python" -m pytest $(ARGS)
+	@python="$$(bash preprocess.sh --dev --which)" && "$$python" -m pytest $(PARALLEL) $(ARGS)
 
 lint:
 	@bash preprocess.sh --dev --env-only

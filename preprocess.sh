@@ -14,7 +14,7 @@ INCOMPLETE="$VENV/.incomplete"
 # Import names, to tell whether an interpreter has what the entry scripts need. TensorRT is not among them: it is of
 # use with an NVIDIA GPU only, and which one fits is for the user to say.
 PACKAGES=(torch onnx onnx_graphsurgeon polygraphy numpy cv2 yaml transformers tqdm onnxruntime)
-DEV_PACKAGES=(pytest pytest_timeout ruff diffusers accelerate skimage psutil mypy)
+DEV_PACKAGES=(pytest pytest_timeout xdist ruff diffusers accelerate skimage psutil mypy)
 # The versions of Python that have wheels of every package that requirements.txt pins.
 OLDEST_MINOR=11
 NEWEST_MINOR=14

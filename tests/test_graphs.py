@@ -214,7 +214,7 @@ def test_half_precision_stays_close(
     """Guidance at scale 9 multiplies the difference of two rounded predictions, and the sampler adds them up."""
     pipeline = make_pipeline(trained, 1, precision)
     errors = []
-    for seed in (5, 6, 7):
+    for seed in (5, 6):
         request = Request("a bird", image_resolution=HEIGHT, ddim_steps=20, seed=seed)
         with fast_half_convolution():
             found = pipeline.generate(picture, request)

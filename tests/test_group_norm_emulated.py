@@ -31,7 +31,7 @@ FLAGS = [
     "-fsanitize=alignment",  # as a GPU sees to
     "-fsanitize-undefined-trap-on-error",
 ]
-CASES = 200
+CASES = 120
 SEEDS = (1, 2)
 SIZES = 60000
 # Shapes and stages of plans; slices are for maps that fit on chip.

@@ -22,7 +22,7 @@ import build_engines
 ROOT = Path(__file__).resolve().parent.parent
 BASE_PACKAGES = ["torch", "onnx", "onnx_graphsurgeon", "numpy", "cv2", "yaml", "transformers", "polygraphy", "tqdm"]
 BASE_PACKAGES += ["onnxruntime"]
-DEV_PACKAGES = ["pytest", "pytest_timeout", "ruff", "diffusers", "accelerate", "skimage", "psutil", "mypy"]
+DEV_PACKAGES = ["pytest", "pytest_timeout", "xdist", "ruff", "diffusers", "accelerate", "skimage", "psutil", "mypy"]
 TOOLS = [
     "bash",
     "basename",

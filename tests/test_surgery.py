@@ -142,8 +142,7 @@ def check_file(file: Path, spec: GraphSpec, build: Build, network: nn.Module, fo
 # -- the project's graphs --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("samples", [1, 2])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(("precision", "samples"), [("fp32", 1), ("fp16", 1), ("fp16", 2)])
 def test_micro_graphs(precision: str, samples: int, base: Path, tmp_path: Path) -> None:
     config = shared_config(base)
     model = load_model(config, find_weights(config))
@@ -176,8 +175,7 @@ def test_graphs_without_group_norms_stay(name: str, base: Path) -> None:
     assert list(model.graph.initializer) == list(before.graph.initializer)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("name", ["small", "tiny"])
+@pytest.mark.parametrize(("name", "precision"), [("small", "fp32"), ("tiny", "fp16")])
 def test_other_graphs(name: str, precision: str, tmp_path: Path) -> None:
     config = small_config() if name == "small" else load_config("tiny")
     size = 2 * config.size_multiple

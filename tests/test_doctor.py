@@ -92,11 +92,11 @@ def test_a_machine_without_a_gpu(nothing: Path, capsys: pytest.CaptureFixture) -
     out = capsys.readouterr().out
     assert re.search(r"\nruns here: (onnxruntime, )?torch on the CPU\n$", out)
     table = dict(re.findall(r"^(\S.*?)  +(ok|missing|differs)  ", out, re.M))
-    ok = {"Python", "packages to run", "weights of tiny", "vocabulary"}
+    ok = {"Python", "packages to run", "weights of tiny", "vocabulary", "calibration"}
     of_this_python = {"cuda-python", "packages to export", "packages to build", "packages of metrics"}
     assert {what for what, state in table.items() if state == OK} - of_this_python == ok
     lacking = {"driver", "CUDA", "TensorRT", "GroupNorm plugin", "torch operator", "ONNX exports", "engines"}
-    lacking |= {"weights of PD", "weights of LPIPS", "fused networks", "calibration"}
+    lacking |= {"weights of PD", "weights of LPIPS", "fused networks"}
     assert {what for what, state in table.items() if state == MISSING} - of_this_python == lacking
     assert DIFFERS not in table.values()
     assert f"fix: {shlex.quote(sys.executable)} -m pip install tensorrt-cu13\n" in out and "tensorrt-cu12" in out

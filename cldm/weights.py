@@ -13,7 +13,7 @@ from cldm.files import cached_sha256
 SUFFIXES = (".safetensors", ".pth", ".ckpt", ".pt")
 # To be raised when `cldm.checkpoint` draws other numbers from the same seed: what was made of the old ones, reference
 # images among it, then counts as made of other weights.
-RANDOM_WEIGHTS_VERSION = 1
+RANDOM_WEIGHTS_VERSION = 2
 
 
 class CheckpointError(ValueError):

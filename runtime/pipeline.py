@@ -18,7 +18,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 
 import numpy as np
 
-from cldm.image import canny_map
+from cldm.image import canny_map, target_size
 from cldm.request import Request
 from cldm.result import Receipt, Result
 from deploy.spec import Build, graph_specs
@@ -260,22 +260,12 @@ class Pipeline:
         progress: Optional[Progress],
         plan: Optional[SamplingPlan],
     ) -> Result:
-        from cldm.noise import choose_seed, draw_noise
+        from cldm.noise import choose_seed
 
         clock = StageClock(self._stream)
         request = replace(request, seed=choose_seed(request.seed))
         plan = self._check_plan(request, plan)
-        canny = canny_map(image, request.image_resolution, request.low_threshold, request.high_threshold)
-        if canny.shape != (self.build.height, self.build.width):
-            raise ValueError(
-                f"the picture resizes to {canny.shape[0]} x {canny.shape[1]}, but these graphs are for"
-                f" {self.build.height} x {self.build.width}"
-            )
-        texts = (request.conditional_text, request.negative_prompt)
-        ids, warnings = _recent(self._texts, texts, lambda: self.tokenizer(list(texts)), KEPT_TEXTS)
-        shape = (request.num_samples, *self.build.latent_shape[1:])
-        initial, noise = draw_noise(request.seed, shape, request.ddim_steps, request.eta, self.device, latents)
-        self._write_inputs(request, canny, ids)
+        canny, warnings, initial, noise = self._on_host(image, request, latents)
         clock.mark("host")
         schedule = self._schedule(plan)
         clock.mark("schedule")
@@ -299,24 +289,51 @@ class Pipeline:
         )
         return Result(images, canny, finals, receipt)
 
-    def prepare(self, plan: SamplingPlan) -> None:
-        """Run and capture a plan's number of evaluations, so that its first image is as fast as the later ones.
-
-        Does nothing where no graphs are captured.
-        """
+    def _on_host(self, image: Any, request: Request, latents: Optional[Any]) -> Tuple[np.ndarray, List[str], Any, Any]:
+        """Write a request's inputs; its canny map, the warnings about its texts, and the noise as it is drawn."""
         from cldm.noise import draw_noise
 
-        if self._graphs is None or self._graph_problem is not None:
+        canny = canny_map(image, request.image_resolution, request.low_threshold, request.high_threshold)
+        if canny.shape != (self.build.height, self.build.width):
+            raise ValueError(
+                f"the picture resizes to {canny.shape[0]} x {canny.shape[1]}, but these graphs are for"
+                f" {self.build.height} x {self.build.width}"
+            )
+        texts = (request.conditional_text, request.negative_prompt)
+        ids, warnings = _recent(self._texts, texts, lambda: self.tokenizer(list(texts)), KEPT_TEXTS)
+        shape = (request.num_samples, *self.build.latent_shape[1:])
+        initial, noise = draw_noise(request.seed, shape, request.ddim_steps, request.eta, self.device, latents)
+        self._write_inputs(request, canny, ids)
+        return canny, warnings, initial, noise
+
+    def prepare(self, plan: SamplingPlan) -> None:
+        """Do on blank pictures what an image of this plan takes, so that the first is made as fast as the later ones.
+
+        Where graphs are captured these are two whole images: one that captures and one that launches. Without graphs
+        the networks do not run, as on a CPU an image may take minutes; but all before them does.
+        """
+        height, width = self.build.height, self.build.width
+        if not _is_resized_to(height, width):
             return
+        request = Request(
+            "",
+            image_resolution=min(height, width),
+            ddim_steps=plan.num_steps,
+            seed=0,
+            eta=float(plan.fresh_noise),
+        )
+        # One is enlarged and one reduced: OpenCV has other code and tables for each.
+        small, large = (np.zeros((height * n // 2, width * n // 2, 3), np.uint8) for n in (1, 3))
         with self._stream.entered(), self._waiting_after_errors():
-            schedule = self._schedule(plan)
-            shape = self.build.latent_shape
-            initial, noise = draw_noise(0, shape, len(plan.indices), float(plan.fresh_noise), self.device)
-            self._write_noise(schedule, initial, noise)
-            self._enqueue(schedule)
-            self._stream.wait()
-            if schedule.graph is None and np.isfinite(self.workspace.read(schedule.outputs[0])).all():
-                self._capture(schedule, initial, noise)
+            self._on_host(small, request, None)
+            if self._graphs is None:
+                self._on_host(large, request, None)
+                self._schedule(plan)
+                return
+            # What these weights make of nothing is not what they are judged by: every image is looked at anew.
+            with contextlib.suppress(BrokenOutput):
+                for _ in ("captures", "launches"):
+                    self._generate(large, request, None, None, plan)
 
     @contextlib.contextmanager
     def _waiting_after_errors(self) -> Iterator[None]:
@@ -486,6 +503,14 @@ class Pipeline:
             self._schedules.clear()
             self._times.clear()
             self._bound.clear()
+
+
+def _is_resized_to(height: int, width: int) -> bool:
+    """Whether pictures can become that large; builds of small models may have other sizes too."""
+    try:
+        return target_size(height, width, min(height, width)) == (height, width)
+    except ValueError:
+        return False
 
 
 def _as_float32(value: Any) -> Any:

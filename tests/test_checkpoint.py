@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from cldm.checkpoint import DERIVED, load_model
 from cldm.config import ModelConfig, load_config
 from cldm.model import ControlLDM
-from cldm.weights import CheckpointError, Weights, find_weights
+from cldm.weights import RANDOM_WEIGHTS_VERSION, CheckpointError, Weights, find_weights
 from tests.micro_model import micro_config, shared_config, state_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -329,7 +330,7 @@ def test_digest_of_random_weights_is_of_their_version(tmp_path: Path, monkeypatc
     (tmp_path / "a.pth").write_bytes(b"one")
     seeded = find_weights(config).digest
     file = find_weights(config, str(tmp_path / "a.pth")).digest
-    monkeypatch.setattr("cldm.weights.RANDOM_WEIGHTS_VERSION", 2)
+    monkeypatch.setattr("cldm.weights.RANDOM_WEIGHTS_VERSION", RANDOM_WEIGHTS_VERSION + 1)
     assert find_weights(config).digest != seeded
     assert find_weights(config, str(tmp_path / "a.pth")).digest == file
 
@@ -362,15 +363,50 @@ def test_random_weights_are_the_seeds(config: ModelConfig) -> None:
     assert find_weights(config, random_seed=5).digest == find_weights(config, random_seed=5).digest
 
 
-def test_random_weights_do_not_depend_on_the_process() -> None:
-    """The numbers themselves, so that builds of another process, day or thread count match."""
-    config = load_config("tiny")
+@pytest.mark.parametrize("threads", [1, 5])
+def test_random_weights_do_not_depend_on_the_process(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers themselves, so that builds of another process, day or thread count match.
+
+    Whoever has to change them here raises RANDOM_WEIGHTS_VERSION.
+    """
+    monkeypatch.setattr("cldm.checkpoint.available_cores", lambda: threads)
     torch.manual_seed(99)
-    model = load_model(config, Weights(None, 1, ""))
-    generator = torch.Generator().manual_seed(1)
-    name, first = next(model.named_parameters())
-    wanted = torch.randn(first.shape, generator=generator) * first[0].numel() ** -0.5
-    assert name == "model.diffusion_model.time_embed.0.weight" and torch.equal(first, wanted)
+    model = load_model(load_config("tiny"), Weights(None, 1, ""))
+    for name, parameter in model.named_parameters():
+        key = int.from_bytes(hashlib.sha256(f"1 {name}".encode()).digest()[:8], "little")
+        drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(key))
+        if parameter.dim() > 1:
+            wanted = drawn / parameter[0].numel() ** 0.5
+        else:
+            wanted = 0.1 * drawn + (1.0 if name.endswith(".weight") else 0.0)
+        torch.testing.assert_close(parameter, wanted, rtol=1e-6, atol=1e-7)
+        assert not parameter.requires_grad
+
+
+def test_an_error_while_weights_are_drawn_comes_out(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(seed: int, name: str, shape: torch.Size) -> torch.Tensor:
+        raise MemoryError(name)
+
+    monkeypatch.setattr("cldm.checkpoint._draw", fail)
+    with pytest.raises(MemoryError, match="weight"):
+        load_model(config, find_weights(config, random_seed=5))
+
+
+def test_no_initial_values_and_no_compiler(config: ModelConfig) -> None:
+    """To fill an embedding that lies nowhere PyTorch imports its compiler, which takes longer than all else here."""
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from cldm.checkpoint import load_model, shape_of_model\n"
+        "from cldm.config import load_config\n"
+        "from cldm.weights import Weights\n"
+        "config = load_config(sys.argv[2])\n"
+        "assert all(p.is_meta for p in shape_of_model(config).parameters())\n"
+        "assert not any(p.is_meta for p in load_model(config, Weights(None, 1, '')).state_dict().values())\n"
+        "print([name for name in ('torch._dynamo', 'sympy') if name in sys.modules])\n"
+    )
+    command = [sys.executable, "-c", program, str(ROOT), str(Path(config.folder) / "micro.yaml")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.stdout.strip() == "[]", run.stdout + run.stderr
 
 
 @torch.no_grad()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import enum
 import importlib
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
 
 import numpy as np
 import pytest
@@ -25,7 +29,7 @@ from runtime import cuda_runtime, pipeline
 from runtime import stream as runtime_stream
 from runtime.cuda_graph import CudaRuntimeGraphs, TorchGraphs
 from runtime.cuda_runtime import CudaError, CudaRuntime
-from runtime.pipeline import About, Pipeline
+from runtime.pipeline import About, BrokenOutput, Pipeline
 from runtime.torch_session import BoundModule, TorchSession
 from tests.small_model import small_config
 from tests.tape import Op, TapeGraphs
@@ -157,6 +161,119 @@ def test_prepared_before_the_first_image(
     assert graphs.attempts == 1
     assert "device" in found.receipt.milliseconds
     assert_same(found, wanted)
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@contextlib.contextmanager
+def noting_calls() -> Iterator[Set[str]]:
+    """Functions of the repository, and of the libraries in C what they and others call, while it is entered."""
+    seen: Set[str] = set()
+
+    def note(frame: Any, event: str, called: Any) -> None:
+        if event == "call" and str(ROOT) in frame.f_code.co_filename and ".venv" not in frame.f_code.co_filename:
+            seen.add(f"{Path(frame.f_code.co_filename).relative_to(ROOT)}: {frame.f_code.co_name}")
+        elif event == "c_call" and str(getattr(called, "__module__", None)).startswith(("cv2", "torch", "tokenizers")):
+            seen.add(f"{called.__module__}: {called.__qualname__}")
+
+    sys.setprofile(note)
+    try:
+        yield seen
+    finally:
+        sys.setprofile(None)
+        seen.discard(f"tests/{Path(__file__).name}: {noting_calls.__name__}")
+
+
+@pytest.mark.parametrize("changes", [{}, {"eta": 0.5}], ids=str)
+def test_the_first_image_does_nothing_for_the_first_time(
+    changes: Dict[str, Any], model: ControlLDM, tokenizer: Tokenizer, picture: np.ndarray
+) -> None:
+    """What is set up on first use was used by `prepare`: what `generate` calls it had called, to the last function."""
+    request = replace(REQUEST, **changes)
+    plan = exact_plan(SCHEDULE, request.ddim_steps, request.eta)
+    larger = picture.repeat(2, axis=0).repeat(2, axis=1)
+    graphs, noted = TapeGraphs(), set()
+    made = make_pipeline(model, tokenizer, graphs)
+    with noting_calls() as before:
+        made.prepare(plan)
+    assert (graphs.attempts, graphs.launches) == (1, 2), "once to be compared with the run, and once as an image"
+    # Both ways of resizing were taken, and what was captured was launched and read.
+    for image in (picture, larger, larger[:100, :101]):
+        with noting_calls() as first:
+            found = made.generate(image, request, plan=plan)
+        assert "device" in found.receipt.milliseconds and not found.receipt.warnings
+        assert first - before == {"runtime/pipeline.py: generate"}
+        noted |= first
+    wanted = {
+        *("cldm/image.py: canny_map", "cldm/tokenizer.py: __call__", "cldm/noise.py: draw_noise"),
+        *("runtime/workspace.py: read", "tests/tape.py: launch", "runtime/stream.py: milliseconds"),
+    }
+    assert wanted <= noted, "nothing was noted"
+
+
+def test_both_ways_of_resizing_are_prepared(
+    model: ControlLDM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import cv2
+
+    ways: List[int] = []
+    resize = cv2.resize
+
+    def note(image: np.ndarray, size: Tuple[int, int], interpolation: int) -> np.ndarray:
+        ways.append(interpolation)
+        return resize(image, size, interpolation=interpolation)
+
+    monkeypatch.setattr(cv2, "resize", note)
+    for graphs in (None, TapeGraphs()):
+        ways.clear()
+        make_pipeline(model, tokenizer, graphs).prepare(exact_plan(SCHEDULE, 4))
+        assert set(ways) == {cv2.INTER_AREA, cv2.INTER_LANCZOS4}
+
+
+def test_without_graphs_all_but_the_networks_is_prepared(
+    model: ControlLDM, tokenizer: Tokenizer, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, enqueued, enqueue = make_pipeline(model, tokenizer), [], BoundModule.enqueue
+    monkeypatch.setattr(BoundModule, "enqueue", lambda bound: enqueued.append(bound) or enqueue(bound))
+    with noting_calls() as before:
+        made.prepare(exact_plan(SCHEDULE, 4))
+    assert len(enqueued) == 1, "the time graph alone"
+    with noting_calls() as first:
+        made.generate(picture, REQUEST)
+    ours = {name for name in first if name.startswith(("cldm/image", "cldm/tok", "cv2", "tokenizers"))}
+    ours |= {"cldm/noise.py: draw_noise", "runtime/workspace.py: write"}
+    assert len(ours) > 5 and ours <= before
+    assert len(enqueued) == 1 + 2 + 4 + 1
+
+
+def test_no_picture_becomes_as_small_as_the_build(model: ControlLDM, tokenizer: Tokenizer) -> None:
+    build, graphs = Build(model.config, 32, 96), TapeGraphs()
+    sessions = {
+        name: TorchSession(build_graph(name, model, "fp32", 1), spec) for name, spec in graph_specs(build).items()
+    }
+    Pipeline(build, sessions, tokenizer, About("seeded", "torch", "test"), graphs=graphs).prepare(
+        exact_plan(SCHEDULE, 4)
+    )
+    assert graphs.attempts == 0
+
+
+@pytest.mark.parametrize("broken", ["NaN", "flat"])
+def test_broken_weights_are_told_of_by_images_alone(
+    broken: str, model: ControlLDM, tokenizer: Tokenizer, picture: np.ndarray
+) -> None:
+    """What they make of a blank picture is nobody's; what they make of a picture is an error."""
+    damaged, graphs = copy.deepcopy(model), TapeGraphs()
+    if broken == "NaN":
+        damaged.unet.input_blocks[0][0].weight.fill_(float("nan"))
+    else:
+        damaged.first_stage_model.decoder.conv_out.weight.zero_()
+        damaged.first_stage_model.decoder.conv_out.bias.zero_()
+    made = make_pipeline(damaged, tokenizer, graphs)
+    made.prepare(exact_plan(SCHEDULE, 4))
+    assert graphs.attempts == 0
+    with pytest.raises(BrokenOutput, match="step: the latent holds NaN" if broken == "NaN" else "the image is flat"):
+        made.generate(picture, REQUEST)
 
 
 def test_progress_goes_without(model: ControlLDM, tokenizer: Tokenizer, picture: np.ndarray) -> None:

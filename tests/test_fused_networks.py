@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import sys
-from typing import Any, Dict, Iterator, Tuple
+from typing import Any, Dict, Iterator, List, Tuple
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from cldm.checkpoint import load_model
+from cldm.checkpoint import load_model, shape_of_model
 from cldm.config import ModelConfig, load_config
 from cldm.model import ControlLDM
 from cldm.weights import Weights
+from deploy.graphs import build_graph
 from deploy.spec import Build, graph_specs
+from ldm.unet import Upsample
 from runtime.fused.build import _meta, fused_problem, require_memory
+from runtime.fused.networks import FusedTime
 from runtime.fused.ops import Fused
+from runtime.fused.packing import Packer
 from runtime.fused.session import FusedSession
 from runtime.fused.tuning import Card, Problem, Tuning
 from tests.fused_network_cases import CASES, NETWORKS
@@ -71,6 +77,152 @@ def traced(model: ControlLDM, device: str, build: Build) -> Fused:
 def small_model() -> ControlLDM:
     config = small_config()
     return load_model(config, Weights(None, config.seed, ""))
+
+
+# -- the time graph, which needs no triton -----------------------------------------------------------------------------
+
+
+class _Launches(TorchDispatchMode):
+    """Counts what PyTorch would launch a kernel for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: List[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if not func.is_view and "empty" not in func.name() and func.name() != "aten::_unsafe_view":
+            self.names.append(func.name())
+        return made
+
+
+def time_biases(model: ControlLDM, precision: str, timesteps: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Those of the fused network, and of the graph's module in the same precision."""
+    build = Build(model.config, 64, 64, 1, precision)
+    spec = graph_specs(build)["time"]
+    width = spec.outputs["time_biases"].shape[1]
+    found = torch.full((len(timesteps), width), float("nan"), dtype=getattr(torch, build.dtype))
+    session = FusedSession(FusedTime(model, "cpu"), spec)
+    session.bind({"timesteps": timesteps, "time_biases": found}).enqueue()
+    return found, build_graph("time", model, precision, 1)(timesteps)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_time_biases_are_those_of_fp32(precision: str) -> None:
+    """Against FP64 as exact as the module's: what a half precision adds is the rounding of the bias alone."""
+    model = small_model()
+    timesteps = torch.tensor([999, 951, 500, 1, 0, 500, 2], dtype=torch.int32)
+    found, plain = time_biases(model, precision, timesteps)
+    wide = copy.deepcopy(model).double()
+    networks = (wide.unet, wide.control_model)
+    wanted = torch.cat([bias for network in networks for bias in network.time_biases(timesteps)], dim=1)
+    ours, theirs = ((each.double() - wanted).norm() / wanted.norm() for each in (found, plain))
+    print(f"time biases in {precision}: {ours:.2e}, the module's {theirs:.2e}")
+    assert ours < {"fp32": 5e-7, "fp16": 4e-4, "bf16": 3e-3}[precision]
+    assert ours < 1.2 * theirs
+    torch.testing.assert_close(found[2], found[5])
+
+
+def test_the_time_graph_is_a_handful_of_launches() -> None:
+    """Rows of a table, and for each network a product and its rounding; a product is one launch with its bias."""
+    model, timesteps = small_model(), torch.arange(20, dtype=torch.int32)
+    network = FusedTime(model, "cpu")
+    module = build_graph("time", model, "fp16", 1)
+    places = torch.zeros(20, sum(weights.out_channels for weights in network.projections), dtype=torch.float16)
+    with torch.no_grad(), _Launches() as ours:
+        network({"timesteps": timesteps}, {"time_biases": places})
+    with torch.no_grad(), _Launches() as theirs:
+        places.copy_(module(timesteps))
+    print(f"time graph: {len(ours.names)} launches, the module {len(theirs.names)}")
+    assert ours.names == ["aten::index_select", *2 * ["aten::addmm", "aten::copy_"]]
+    assert len(theirs.names) > 8 * len(ours.names)
+
+
+def test_the_time_graph_holds_no_more_than_its_weights() -> None:
+    """Its table takes the place of the layers that it is made by; SD1.5's are 16.4 MB, and its table 10.2."""
+    with torch.device("meta"):
+        model = shape_of_model(load_config("sd15"))
+        network = FusedTime(model, "meta")
+    held = [network.hidden, *(part for weights in network.projections for part in (weights.matrix, weights.bias))]
+    module = build_graph("time", model, "fp16", 1)
+    ours, theirs = (sum(4 * tensor.numel() for tensor in each) for each in (held, module.parameters()))
+    assert all(tensor.dtype == torch.float32 for tensor in held)
+    assert 150e6 < ours < theirs < 175e6
+
+
+# -- packing -----------------------------------------------------------------------------------------------------------
+
+
+def half(*parts: torch.Tensor) -> torch.Tensor:
+    return torch.stack([part.half() for part in parts])
+
+
+def taps_last(conv: torch.nn.Conv2d) -> torch.Tensor:
+    """(N, kh * kw * C), a tap after the other."""
+    return torch.cat(
+        [conv.weight[:, :, y, x] for y in range(conv.kernel_size[0]) for x in range(conv.kernel_size[1])], 1
+    )
+
+
+def test_packed_weights_are_the_layers_bit_by_bit() -> None:
+    """Put in order and rounded once to the nearest, whatever device does it."""
+    model = small_model()
+    pack = Packer("cpu", torch.float16)
+    unet, control = model.unet, model.control_model
+    blocks = [network.input_blocks[2][0].op for network in (unet, control)]
+    found = pack.conv(blocks)
+    assert torch.equal(found.matrix, half(*map(taps_last, blocks)))
+    assert (found.taps, found.stride, found.tail) == (9, 2, 0) and found.matrix.is_contiguous()
+    block = unet.output_blocks[0][0]
+    found = pack.conv([block.out_layers[3]], [block.skip_connection])
+    assert torch.equal(
+        found.matrix, half(torch.cat([taps_last(block.out_layers[3]), taps_last(block.skip_connection)], 1))
+    )
+    assert torch.equal(found.bias[0], block.out_layers[3].bias + block.skip_connection.bias)
+    attention = model.first_stage_model.decoder.mid.attn_1
+    found = pack.side_by_side([(attention.q, attention.k)], (0.3, 1.0))
+    assert torch.equal(found.matrix, half(torch.cat([attention.q.weight * 0.3, attention.k.weight]).flatten(1)))
+    assert torch.equal(found.bias[0], torch.cat([attention.q.bias * 0.3, attention.k.bias]))
+    layers = [network.input_blocks[1][1].transformer_blocks[0].ff.net[0].proj for network in (unet, control)]
+    found = pack.linear(layers, gated=True)
+    assert torch.equal(found.matrix, half(*(layer.weight for layer in layers))) and found.gated
+    assert torch.equal(found.bias, torch.stack([layer.bias for layer in layers]))
+
+
+def test_packed_upsampling_is_the_sum_of_the_taps_that_meet() -> None:
+    (conv,) = [
+        layer.conv for block in small_model().unet.output_blocks for layer in block if isinstance(layer, Upsample)
+    ][:1]
+    weight, found = conv.weight, Packer("cpu", torch.float16).up_conv(conv)
+    first, last = (([0], [1, 2]), ([0, 1], [2]))
+    for phase, (rows, cols) in enumerate([(first, first), (first, last), (last, first), (last, last)]):
+        summed = [sum(weight[:, :, y, x] for y in ys for x in xs) for ys in rows for xs in cols]
+        assert torch.equal(found.matrix[phase], torch.cat(summed, 1).half())
+    assert found.matrix.shape[0] == found.taps == 4 and torch.equal(found.bias, conv.bias.expand(4, -1))
+
+
+def test_packing_takes_a_layer_s_memory_beside_the_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parameter goes to the device as it is, and into its place without a copy in between."""
+    made: List[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if not func.is_view and func.name() != "aten::copy_":
+                made.append(func.name())
+            return result
+
+    model = small_model()
+    pack, convs = (
+        Packer("cpu", torch.float16),
+        [network.input_blocks[2][0].op for network in (model.unet, model.control_model)],
+    )
+    vectors = pack.vector([conv.bias for conv in convs])
+    monkeypatch.setattr(pack, "vector", lambda given: vectors)
+    with Watch():
+        pack.conv(convs)
+        pack.linear([model.unet.input_blocks[1][1].transformer_blocks[0].attn1.to_q])
+    assert set(made) <= {"aten::empty.memory_format", "aten::detach"}
 
 
 @needs_triton

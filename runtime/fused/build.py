@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import importlib.util
 import os
@@ -55,10 +54,9 @@ def require_memory(config: ModelConfig, device: str) -> None:
     """Raise MemoryError, before any work, where the device's free memory is too little for half precision."""
     import torch
 
-    from cldm.model import ControlLDM
+    from cldm.checkpoint import shape_of_model
 
-    with torch.device("meta"):
-        model = ControlLDM(config)
+    model = shape_of_model(config)
     encoder = sum(parameter.numel() for parameter in model.first_stage_model.encoder.parameters())
     needed = 2 * (sum(parameter.numel() for parameter in model.parameters()) - encoder) + OVERHEAD_BYTES
     free, total = torch.cuda.mem_get_info(device)
@@ -121,15 +119,13 @@ class FusedNetworks:
         return self._folder / f"{card_slug(card)}.json"
 
     def _make(self, model: Any, precision: str) -> Dict[str, Any]:
-        from deploy.graphs import build_graph
-        from runtime.fused.networks import FusedDecode, FusedHint, FusedStep, FusedText
+        from runtime.fused.networks import FusedDecode, FusedHint, FusedStep, FusedText, FusedTime
 
         ranges = self._ranges(model) if precision == "fp8" else None
         return {
             "text": FusedText(model, self.run, self._device),
             "hint": FusedHint(model, self.run_apart, self._device),
-            # A copy: on a CPU the graph's modules are the model's own.
-            "time": copy.deepcopy(build_graph("time", model, precision, 1)).to(self._device),
+            "time": FusedTime(model, self._device),
             "step": FusedStep(model, self.run, self._device, self.run_apart, ranges),
             "decode": FusedDecode(model, self.run, self._device, ranges),
         }
@@ -147,19 +143,14 @@ class FusedNetworks:
 
     def sessions(self, build: Build) -> Mapping[str, Session]:
         """Sessions for a build's graphs, once the tile sizes that its shapes need are known."""
-        from runtime.torch_session import TorchSession
-
         specs = graph_specs(build)
         if self._tunes:
             self._tune(specs)
         self._compile(specs)
-        return {
-            name: (TorchSession if name == "time" else FusedSession)(network, specs[name])
-            for name, network in self._networks.items()
-        }
+        return {name: FusedSession(network, specs[name]) for name, network in self._networks.items()}
 
-    def _fused(self) -> List[Tuple[str, Any]]:
-        """All but the time graph, which is a plain module."""
+    def _launching(self) -> List[Tuple[str, Any]]:
+        """All but the time graph's, which launches none of the kernels."""
         return [(name, network) for name, network in self._networks.items() if name != "time"]
 
     def _tune(self, specs: Mapping[str, GraphSpec]) -> None:
@@ -173,7 +164,7 @@ class FusedNetworks:
         for run in runs:
             run.asked.clear()
             run.asked_attention.clear()
-        for name, network in self._fused():
+        for name, network in self._launching():
             network(_meta(specs[name].inputs), _meta(specs[name].outputs))
         for run in runs:
             table = self._tuning.table
@@ -193,7 +184,7 @@ class FusedNetworks:
         from runtime.fused.tune import run_all
 
         with torch.no_grad(), self.run.putting_off() as launches, self.run_apart.putting_off() as apart:
-            for name, network in self._fused():
+            for name, network in self._launching():
                 network(_zeros(specs[name].inputs, self._device), _zeros(specs[name].outputs, self._device))
         errors = run_all([*launches.values(), *apart.values()], self._device)
         if errors:

@@ -7,16 +7,19 @@ the maps that it consists of are written into it by the layers that make them, s
 from __future__ import annotations
 
 import contextlib
+import copy
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from cldm.model import ControlLDM
 from ldm.attention import BasicTransformerBlock, SpatialTransformer
 from ldm.autoencoder import AttnBlock, ResnetBlock
+from ldm.exact import exact_fp32
 from ldm.layout import key_value_widths, time_bias_widths
-from ldm.unet import Downsample, ResBlock, Upsample
+from ldm.unet import Downsample, ResBlock, Upsample, timestep_embedding
 from runtime.fused.fp8 import Ranges
 from runtime.fused.ops import Fused, Weights
 from runtime.fused.packing import Packer
@@ -320,8 +323,9 @@ class FusedText:
         pack = Packer(device, run.dtype)
         text = model.text_model
         self.heads = text.config.heads
-        self.tokens = text.embeddings.token_embedding.weight.detach().to(device, run.dtype)
-        self.positions = text.embeddings.position_embedding.weight.detach().to(device, run.dtype)
+        # Rounded on the device, which is quicker at it.
+        self.tokens = text.embeddings.token_embedding.weight.detach().to(device).to(run.dtype)
+        self.positions = text.embeddings.position_embedding.weight.detach().to(device).to(run.dtype)
         self.layers = [
             (
                 pack.layer_norm([layer.layer_norm1]),
@@ -349,6 +353,33 @@ class FusedText:
             h = run.matmul(run.matmul(run.layer_norm(h, norm2), up, act="quick_gelu"), down, residual=h)
         packed = outputs["keys_values"]
         run.matmul(run.layer_norm(h, self.norm), self.projection, packed[None, :, None])
+
+
+class FusedTime:
+    """The time graph: all ResBlocks' projections of a timestep as one product a network, by PyTorch in FP32.
+
+    What is projected is the same for every picture and there are a thousand timesteps: it is made of all of them once,
+    and takes no more memory than the layers that it is made by.
+    """
+
+    def __init__(self, model: ControlLDM, device: str) -> None:
+        pack = Packer(device, torch.float32)
+        timesteps = torch.arange(model.config.schedule.train_steps, device=device)
+        embedding = timestep_embedding(timesteps, model.config.unet.model_channels)
+        networks = (model.unet, model.control_model)
+        with torch.no_grad(), exact_fp32():
+            hidden = [F.silu(copy.deepcopy(network.time_embed).to(device)(embedding)) for network in networks]
+        self.hidden = torch.stack(hidden)
+        layers = [[block.emb_layers[1] for block in network.res_blocks()] for network in networks]
+        self.projections = [pack.side_by_side([of_network]) for of_network in layers]
+
+    def __call__(self, inputs: Tensors, outputs: Tensors) -> None:
+        """Timesteps are those of the model's schedule, 0 .. train_steps - 1."""
+        hidden = self.hidden.index_select(1, inputs["timesteps"])
+        places = outputs["time_biases"].split([weights.out_channels for weights in self.projections], dim=1)
+        with exact_fp32():
+            for place, rows, weights in zip(places, hidden, self.projections):
+                place.copy_(F.linear(rows, weights.matrix[0], weights.bias[0]))
 
 
 class FusedHint:
@@ -397,8 +428,10 @@ class FusedDecode:
     def __call__(self, inputs: Tensors, outputs: Tensors) -> None:
         run, latent = self.run, inputs["latent"]
         # Four numbers a pixel: a product too small for a kernel of its own. Padding happens behind it, as in the model.
-        weight, bias = (part.to(latent.device) for part in (self.post_weight, self.post_bias))
-        z = torch.einsum("oc,nchw->nohw", weight, latent) + bias[:, None, None]
+        # Not where shapes alone are asked for: PyTorch imports its compiler for arithmetic on them, a second or two.
+        z = latent
+        if not latent.is_meta:
+            z = torch.einsum("oc,nchw->nohw", self.post_weight, latent) + self.post_bias[:, None, None]
         h = run.first_conv(z, self.first, latent.shape[0])
         h = self.middle2(run, self.attention(run, self.middle1(run, h)))
         for level in self.levels:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Optional, Sequence, Tuple
+from typing import Any, Callable, Optional, Sequence, Tuple
 
 import torch
 from torch import nn
@@ -11,6 +11,9 @@ from torch import nn
 from ldm.norm import GroupNorm, LayerNorm
 from runtime.fused.fp8 import Ranges, factors_of, quantise, worthwhile
 from runtime.fused.ops import Affine, Weights
+
+# Writes the matrix of a net into the (rows, K) tensor that it is given, of any type: no second copy is made of it.
+Write = Callable[[int, torch.Tensor], None]
 
 
 class Packer:
@@ -20,7 +23,7 @@ class Packer:
     ----------
     device : str
     dtype : torch.dtype
-        float16 or bfloat16; biases and norms stay FP32.
+        float16 or bfloat16, or float32 for PyTorch's products; biases and norms stay FP32.
     ranges : mapping of modules to floats, optional
         Largest magnitudes of their inputs: layers that are there, and large enough, are packed in FP8.
     """
@@ -32,23 +35,32 @@ class Packer:
 
     def _weights(
         self,
-        matrices: Sequence[torch.Tensor],
+        nets: int,
+        shape: Tuple[int, int],
+        write: Write,
         bias: Optional[torch.Tensor],
         layers: Sequence[nn.Module],
         tails: Optional[Sequence[nn.Module]] = None,
         **options: Any,
     ) -> Weights:
         """In FP8 where that is wanted; the layers are those of all nets that have one input."""
-        plain = Weights(torch.empty(len(matrices), *matrices[0].shape, device="meta"), bias, **options)
+        plain = Weights(torch.empty(nets, *shape, device="meta"), bias, **options)
         factors = factors_of(self.ranges, layers, tails)
         if factors is None or not worthwhile(plain.out_channels, plain.in_channels, plain.taps, plain.tail):
-            return replace(plain, matrix=self._matrix(matrices))
-        wide = torch.stack([matrix.detach().to(self.device, torch.float32) for matrix in matrices])
+            return replace(plain, matrix=self._written(nets, shape, self.dtype, write))
+        wide = self._written(nets, shape, torch.float32, write)
         matrix, scaling = quantise(wide, plain.tail, *factors)
         return replace(plain, matrix=matrix, fp8=scaling)
 
-    def _matrix(self, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.stack([m.detach().to(self.device, self.dtype) for m in matrices]).contiguous()
+    def _written(self, nets: int, shape: Tuple[int, int], dtype: torch.dtype, write: Write) -> torch.Tensor:
+        matrices = torch.empty(nets, *shape, dtype=dtype, device=self.device)
+        for net, matrix in enumerate(matrices):
+            write(net, matrix)
+        return matrices
+
+    def _parameter(self, parameter: torch.Tensor) -> torch.Tensor:
+        """A parameter on the device as it is, so that rounding it and putting it in order are the device's work."""
+        return parameter.detach().to(self.device)
 
     def vector(self, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
         """(nets, N) float32."""
@@ -56,19 +68,28 @@ class Packer:
 
     def conv(self, convs: Sequence[nn.Conv2d], tails: Optional[Sequence[nn.Conv2d]] = None) -> Weights:
         """1x1 and padded 3x3 convolutions; the 1x1 convolutions `tails`, of another map, are added to them."""
-        matrices = [conv_matrix(conv.weight) for conv in convs]
+        first = convs[0]
+        taps = first.kernel_size[0] * first.kernel_size[1]
+        width = taps * first.in_channels
+        tail = 0 if tails is None else tails[0].in_channels
+
+        def write(net: int, matrix: torch.Tensor) -> None:
+            _write_taps(matrix[:, :width], self._parameter(convs[net].weight))
+            if tails is not None:
+                _write_taps(matrix[:, width:], self._parameter(tails[net].weight))
+
         biases = [conv.bias for conv in convs]
         if tails is not None:
-            matrices = [torch.cat([m, conv_matrix(tail.weight)], dim=1) for m, tail in zip(matrices, tails)]
-            biases = [bias + tail.bias for bias, tail in zip(biases, tails)]
-        first = convs[0]
+            biases = [bias + added.bias for bias, added in zip(biases, tails)]
         return self._weights(
-            matrices,
+            len(convs),
+            (first.out_channels, width + tail),
+            write,
             self.vector(biases),
             convs,
             tails,
-            taps=first.kernel_size[0] * first.kernel_size[1],
-            tail=0 if tails is None else tails[0].in_channels,
+            taps=taps,
+            tail=tail,
             stride=first.stride[0],
         )
 
@@ -78,34 +99,45 @@ class Packer:
         Of the three taps in a row, two fall on one input pixel; which two depends on the output pixel's place. Their
         weights are added in FP32.
         """
-        weight = conv.weight.detach().float()
+        weight = self._parameter(conv.weight).float()
         pairs = ((0, 1, 1), (0, 0, 1))  # for an even and an odd place: which of two input pixels each tap falls on
-        phases = []
-        for rows in pairs:
-            for cols in pairs:
-                summed = weight.new_zeros(*weight.shape[:2], 2, 2)
-                for y in range(3):
-                    for x in range(3):
-                        summed[:, :, rows[y], cols[x]] += weight[:, :, y, x]
-                phases.append(conv_matrix(summed))
-        return self._weights(phases, self.vector([conv.bias] * 4), [conv], taps=4)
+
+        def write(phase: int, matrix: torch.Tensor) -> None:
+            rows, cols = pairs[phase // 2], pairs[phase % 2]
+            summed = weight.new_zeros(*weight.shape[:2], 2, 2)
+            for y in range(3):
+                for x in range(3):
+                    summed[:, :, rows[y], cols[x]] += weight[:, :, y, x]
+            _write_taps(matrix, summed)
+
+        shape = (conv.out_channels, 4 * conv.in_channels)
+        return self._weights(4, shape, write, self.vector([conv.bias] * 4), [conv], taps=4)
 
     def linear(self, layers: Sequence[nn.Linear], gated: bool = False) -> Weights:
-        biases = None if layers[0].bias is None else self.vector([layer.bias for layer in layers])
-        return self._weights([layer.weight for layer in layers], biases, layers, gated=gated)
+        def write(net: int, matrix: torch.Tensor) -> None:
+            matrix.copy_(self._parameter(layers[net].weight))
+
+        first = layers[0]
+        biases = None if first.bias is None else self.vector([layer.bias for layer in layers])
+        return self._weights(len(layers), (first.out_features, first.in_features), write, biases, layers, gated=gated)
 
     def side_by_side(self, layers: Sequence[Sequence[nn.Module]], scales: Optional[Sequence[float]] = None) -> Weights:
         """Layers of one input as one: for each net a sequence of them, their outputs in order, each times its scale."""
         factors = [1.0] * len(layers[0]) if scales is None else list(scales)
-        matrices = [
-            torch.cat([_rows(layer.weight) * factor for layer, factor in zip(parts, factors)]) for parts in layers
-        ]
+        heights = [len(layer.weight) for layer in layers[0]]
+
+        def write(net: int, matrix: torch.Tensor) -> None:
+            for rows, layer, factor in zip(matrix.split(heights), layers[net], factors):
+                weight = self._parameter(layer.weight).flatten(1)  # of a linear layer or a 1x1 convolution
+                rows.copy_(weight if factor == 1 else weight * factor)
+
         biases = None
         if layers[0][0].bias is not None:
             biases = self.vector(
                 [torch.cat([layer.bias * factor for layer, factor in zip(parts, factors)]) for parts in layers]
             )
-        return self._weights(matrices, biases, [layer for parts in layers for layer in parts])
+        shape = (sum(heights), layers[0][0].weight[0].numel())
+        return self._weights(len(layers), shape, write, biases, [layer for parts in layers for layer in parts])
 
     def group_norm(self, norms: Sequence[GroupNorm]) -> Affine:
         gamma, beta = self._affine(norms)
@@ -119,11 +151,7 @@ class Packer:
         return self.vector([norm.weight for norm in norms]), self.vector([norm.bias for norm in norms])
 
 
-def _rows(weight: torch.Tensor) -> torch.Tensor:
-    """(N, K) from a linear layer or a 1x1 convolution."""
-    return weight.flatten(1)
-
-
-def conv_matrix(weight: torch.Tensor) -> torch.Tensor:
-    """(N, C, kh, kw) to (N, kh * kw * C): the taps outermost, as channels-last maps are read."""
-    return weight.detach().permute(0, 2, 3, 1).flatten(1)
+def _write_taps(matrix: torch.Tensor, weight: torch.Tensor) -> None:
+    """A convolution's (N, C, kh, kw) into (N, kh * kw * C): the taps outermost, as channels-last maps are read."""
+    channels, *taps = weight.shape[1:]
+    matrix.unflatten(1, (*taps, channels)).copy_(weight.permute(0, 2, 3, 1))

@@ -10,10 +10,12 @@ from typing import Any, Dict, FrozenSet, List, Tuple
 import pytest
 import torch
 
-from cldm.config import load_config
+from cldm.checkpoint import load_model
+from cldm.config import ModelConfig, load_config
 from cldm.model import ControlLDM
+from cldm.weights import Weights
 from deploy.spec import Build, graph_specs
-from runtime.fused import networks
+from runtime.fused import build, networks
 from runtime.fused.build import SHIPPED, _meta
 from runtime.fused.ops import Fused
 from runtime.fused.tuning import (
@@ -284,10 +286,45 @@ def test_refine_goes_by_the_time_of_the_network(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(tune, "_compile_all", lambda *arguments: None)
     lines: List[str] = []
     ranked = {"small": [(1,), (2,), (3,), (4,)], "large": [(1,), (2,), (3,)]}
-    best = tune.refine(run, lambda: None, ranked, {"large": 2.0, "small": 1.0}, "cuda", lines.append)
+    best = tune.refine([run], lambda: None, ranked, {"large": 2.0, "small": 1.0}, "cuda", lines.append)
     assert table == {"large": [2], "small": [1]} and best == 2.5
     assert [now["large"] for now in asked[:3]] == [(1,), (2,), (2,)], "the largest first, and a gain is looked at twice"
     assert "3.000 to 2.500 ms" in lines[-1]
     table.clear()
-    assert tune.refine(run, lambda: None, ranked, {}, "cuda", lines.append, seconds=-1.0) == 3.0
+    assert tune.refine([run], lambda: None, ranked, {}, "cuda", lines.append, seconds=-1.0) == 3.0
     assert table == {"large": [1], "small": [1]} and "out of time, 2 problems" in lines[-2]
+
+
+@needs_triton
+def test_retune_measures_all_that_a_build_asks_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_config: ModelConfig, tiny_weights: Weights
+) -> None:
+    """Alone and then in each network; rows of other shapes stay, and the best of both is what is written."""
+    tune = pytest.importorskip("runtime.fused.tune")
+    refined: List[Dict[str, Any]] = []
+
+    def timed(run: Fused, problems: Any, attentions: Any, device: str, report: Any, seconds: float) -> Dict[str, Any]:
+        configs = {p.key(): [(64, 64, 32, 4, 3, n, 0, 0) for n in (2, 1)] for p in problems}
+        configs.update({p.key(): [(64, 32, 4, 2), (32, 32, 4, 2)] for p in attentions})
+        return {key: {config: 1.0 + n for n, config in enumerate(two)} for key, two in configs.items()}
+
+    def refine(runs: Any, enqueue: Any, ranked: Dict[str, Any], weights: Dict[str, float], *rest: Any) -> float:
+        refined.append(ranked)
+        assert all(weights[key] >= 1 for key in ranked), "each problem counts as often as it is launched"
+        runs[0].tuning.table.update({key: list(configs[1]) for key, configs in ranked.items()})
+        return 1.0
+
+    monkeypatch.setattr(tune, "card_of", lambda device: H200)
+    monkeypatch.setattr(tune, "tune", timed)
+    monkeypatch.setattr(tune, "refine", refine)
+    monkeypatch.setattr(build, "_cuda_version", lambda: (13, 0))
+    path = tmp_path / "table.json"
+    write_table(path, H200, {}, {"linear of another size": [64, 64, 32, 4, 3]})
+    made = build.FusedNetworks(load_model(tiny_config, tiny_weights), "cpu", "fp16", tmp_path, print)
+    made.retune(Build(tiny_config, 256, 384, 1, "fp16"), path)
+    table = read_table(path)
+    keys = {key for ranked in refined for key in ranked}
+    assert len(refined) == 4 and len(keys) > 50, "text, hint, step and decode"
+    assert set(table) == {*keys, "linear of another size"}
+    assert all(len(configs) == 2 for ranked in refined for configs in ranked.values())
+    assert {tuple(table[key])[-3:] for key in keys if "attention" not in key} == {(1, 0, 0)}

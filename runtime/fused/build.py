@@ -22,6 +22,8 @@ OVERHEAD_BYTES = 1 << 30
 # What a first start may spend on measuring tile sizes for one picture size.
 TUNING_SECONDS = 180.0
 SMALLEST_TUNED_CHANNELS = 128
+# Of the candidates of a problem, so many are tried in its network.
+REFINED = 6
 # Ada's and later tensor cores take FP8.
 FP8_CAPABILITY = (8, 9)
 
@@ -155,27 +157,86 @@ class FusedNetworks:
 
     def _tune(self, specs: Mapping[str, GraphSpec]) -> None:
         """Measure the tile sizes of problems that no table has, and keep them."""
-        import torch
-        import triton
+        table = self._tuning.table
+        found = self._measure(specs, TUNING_SECONDS, lambda key: key not in table)
+        if found:
+            table.update({key: list(next(iter(times))) for key, times in found.items()})
+            self._write(self._path(self._tuning.card))
 
+    def _measure(
+        self, specs: Mapping[str, GraphSpec], seconds: float, wanted: Callable[[str], bool]
+    ) -> Dict[str, Dict[Tuple[int, ...], float]]:
+        """Milliseconds of the candidates of the wanted problems, each alone, the fastest first."""
         from runtime.fused.tune import tune
 
         runs = (self.run, self.run_apart)
         for run in runs:
             run.asked.clear()
             run.asked_attention.clear()
+            run.uses.clear()
         for name, network in self._launching():
             network(_meta(specs[name].inputs), _meta(specs[name].outputs))
+        found: Dict[str, Dict[Tuple[int, ...], float]] = {}
         for run in runs:
-            table = self._tuning.table
-            problems = {problem: shape for problem, shape in run.asked.items() if problem.key() not in table}
-            attentions = [problem for problem in run.asked_attention if problem.key() not in table]
-            if not problems and not attentions:
-                continue
-            found = tune(run, problems, attentions, self._device, self._report, TUNING_SECONDS)
-            table.update({key: list(next(iter(times))) for key, times in found.items()})
-            versions = {"torch": torch.__version__, "triton": triton.__version__}
-            write_table(self._path(self._tuning.card), self._tuning.card, versions, table)
+            problems = {problem: shape for problem, shape in run.asked.items() if wanted(problem.key())}
+            attentions = [problem for problem in run.asked_attention if wanted(problem.key())]
+            if problems or attentions:
+                found.update(tune(run, problems, attentions, self._device, self._report, seconds))
+        return found
+
+    def retune(self, build: Build, path: Path, seconds: float = 900.0) -> None:
+        """Measure the tile sizes of a build's problems anew, first alone and then in their networks, and write them.
+
+        Parameters
+        ----------
+        build : Build
+        path : Path
+            The table that is written; other problems' rows in it are kept.
+        seconds : float
+            For the candidates alone; the networks take up to a third more.
+        """
+        import torch
+
+        from runtime.fused.tune import refine
+
+        specs, table = graph_specs(build), self._tuning.table
+        table.clear()
+        if path.is_file():
+            table.update(read_table(path))
+        found = self._measure(specs, seconds, lambda key: True)
+        uses = self.run.uses + self.run_apart.uses
+        ranked = {key: list(times)[:REFINED] for key, times in found.items()}
+        weights = {key: uses[key] * next(iter(times.values())) for key, times in found.items()}
+        table.update({key: list(configs[0]) for key, configs in ranked.items()})
+        for name, network in self._launching():
+            asked = self._keys_of(network, specs[name])
+            inputs, outputs = _random(specs[name].inputs, self._device), _zeros(specs[name].outputs, self._device)
+            with torch.no_grad():
+                refine(
+                    (self.run, self.run_apart),
+                    lambda network=network, inputs=inputs, outputs=outputs: network(inputs, outputs),
+                    {key: ranked[key] for key in asked if key in ranked},
+                    weights,
+                    self._device,
+                    self._report,
+                    seconds / 12,
+                )
+        self._write(path)
+
+    def _keys_of(self, network: Any, spec: GraphSpec) -> List[str]:
+        """The problems of one network."""
+        runs = (self.run, self.run_apart)
+        for run in runs:
+            run.uses.clear()
+        network(_meta(spec.inputs), _meta(spec.outputs))
+        return [key for run in runs for key in run.uses]
+
+    def _write(self, path: Path) -> None:
+        import torch
+        import triton
+
+        versions = {"torch": torch.__version__, "triton": triton.__version__}
+        write_table(path, self._tuning.card, versions, self._tuning.table)
 
     def _compile(self, specs: Mapping[str, GraphSpec]) -> None:
         """Compile what the networks launch, several kernels at a time: one after the other it takes a minute."""
@@ -191,6 +252,15 @@ class FusedNetworks:
             raise errors[0]
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
+
+
+def _random(tensors: Mapping[str, Any], device: str) -> Dict[str, Any]:
+    """Normal numbers, as zeros are multiplied faster; integers stay 0."""
+    made = _zeros(tensors, device)
+    for tensor in made.values():
+        if tensor.is_floating_point():
+            tensor.normal_()
+    return made
 
 
 def _zeros(tensors: Mapping[str, Any], device: str) -> Dict[str, Any]:

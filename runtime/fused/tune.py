@@ -6,6 +6,7 @@ earlier launch left in the cache would make every candidate look faster than it 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -200,7 +201,7 @@ def tune(
 
 
 def refine(
-    run: Fused,
+    runs: Sequence[Fused],
     enqueue: Callable[[], None],
     ranked: Mapping[str, Sequence[Tuple[int, ...]]],
     weights: Mapping[str, float],
@@ -215,7 +216,8 @@ def refine(
 
     Parameters
     ----------
-    run : Fused
+    runs : sequence of Fused
+        What the network launches with; they have one tuning.
     enqueue : callable
         Launches the network once.
     ranked : mapping
@@ -228,8 +230,8 @@ def refine(
     seconds : float
         After this time the problems that are left keep their first candidate.
     """
-    table, begin = run.tuning.table, time.perf_counter()
-    _compile_all(run, enqueue, ranked, device)
+    table, begin = runs[0].tuning.table, time.perf_counter()
+    _compile_all(runs, enqueue, ranked, device)
     table.update({key: list(configs[0]) for key, configs in ranked.items() if configs})
     best = told = start = _network_time(enqueue)
     for i, key in enumerate(sorted(ranked, key=lambda key: -weights.get(key, 0.0))):
@@ -256,15 +258,16 @@ def refine(
 
 
 def _compile_all(
-    run: Fused, enqueue: Callable[[], None], ranked: Mapping[str, Sequence[Tuple[int, ...]]], device: str
+    runs: Sequence[Fused], enqueue: Callable[[], None], ranked: Mapping[str, Sequence[Tuple[int, ...]]], device: str
 ) -> None:
     """Several at a time; one that cannot be compiled is found out when it is timed."""
-    table = run.tuning.table
+    table = runs[0].tuning.table
     for place in range(max((len(configs) for configs in ranked.values()), default=0)):
         table.update({key: list(configs[place]) for key, configs in ranked.items() if place < len(configs)})
-        with run.putting_off() as launches:
+        with contextlib.ExitStack() as stack:
+            launches = [stack.enter_context(run.putting_off()) for run in runs]
             enqueue()
-        run_all(launches.values(), device)
+        run_all([launch for of_run in launches for launch in of_run.values()], device)
     torch.cuda.synchronize(device)
 
 

@@ -180,7 +180,7 @@ class Stages:
             effort = self._effort()
             indices, outcome = search(make, gram, self.levels, count, kind, self.ridge, effort)
             if kind == "calibrated":
-                cases = self.fitted[: effort.last_cases]
+                cases = self.fitted  # a search looks at some of them, the weights are of all
                 outcome = fit_segments(
                     self.network, self.levels, self.record().select(cases), indices, cases, self.ridge
                 )

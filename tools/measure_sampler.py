@@ -174,7 +174,7 @@ class Study:
             print(f"{precision}, {name}, {count} evaluations: {error:.4f}", file=sys.stderr, flush=True)
 
     def transfer(self) -> None:
-        """Calibrated moves away from what they were fitted on, beside moves fitted there, of the same indices."""
+        """Calibrated plans away from what they were fitted on, beside moves fitted there, of the same indices."""
         fitting = scene_cases(self.args.fitted, FIRST_FITTED)
         for guidance in GUIDANCE_SCALES:
             measured = at_guidance(self.cases, guidance)
@@ -193,15 +193,12 @@ class Study:
             held = self.methods.plan("DDIM, best subset", count)
             if point is None or held is None:
                 continue
-            own = refit(there.predict, self.levels, trajectories, point.indices, point)
+            own = refit(there.predict, self.levels, trajectories, point.indices)
+            plans = {"DDIM, best subset": held, "calibrated": point.plan(self.schedule, STEPS), "fitted there": own}
+            polished = self.methods.plan("calibrated, polished", count)
+            plans.update({} if polished is None else {"calibrated, polished": polished})
             self.report.add_transfer(
-                title,
-                count,
-                {
-                    "DDIM, best subset": self.error(held, network.predict, reference),
-                    "calibrated": self.error(point.plan(self.schedule, STEPS), network.predict, reference),
-                    "fitted there": self.error(own, network.predict, reference),
-                },
+                title, count, {name: self.error(plan, network.predict, reference) for name, plan in plans.items()}
             )
 
     def _birds(self) -> None:
@@ -218,7 +215,7 @@ class Study:
             point = self.methods.calibrated_point(count)
             if point is None:
                 continue
-            own = refit(network.predict, self.levels, trajectories, point.indices, point)
+            own = refit(network.predict, self.levels, trajectories, point.indices)
             for title, (there, reference) in targets.items():
                 values = {
                     "calibrated": self.error(point.plan(self.schedule, STEPS), there.predict, reference),

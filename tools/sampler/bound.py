@@ -1,4 +1,4 @@
-"""What no weights of earlier predictions could improve on: each case's own, fitted to its own reference."""
+"""How close each case comes with weights of its own, fitted to its own reference, segment by segment."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def own_weights(
     """(N,) relative errors of students whose weights only they have.
 
     At the end of each segment a student is as close to its reference's latent as a weighted sum can bring it from where
-    it is. No plan knows the reference, and a plan's weights are one set for all cases.
+    it is. No plan knows the reference, and a plan's weights are one set for all cases. It is no bound: a segment that
+    goes past the reference may leave the network at a better place for the next.
 
     Parameters
     ----------

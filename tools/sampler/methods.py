@@ -11,8 +11,6 @@ from ldm.plans import SamplingPlan, calibrated_plan, exact_plan, linear_plan, sp
 from ldm.schedule import ScheduleConfig
 from runtime.speed import early_indices
 from sampling.calibration import Calibration, Point
-from sampling.fit import Walker
-from sampling.polish import polish
 from sampling.stages import fit_segments
 from sampling.trajectory import Levels, Network, Trajectories
 from tools.sampler.network import STEPS, run_plan, run_scheduler
@@ -26,8 +24,6 @@ TEAM_LISTS: Dict[str, Tuple[int, ...]] = {
     "trt2023, 9 steps": (19, 18, 17, 16, 15, 14, 12, 8, 4),
 }
 SPACINGS = ("linspace", "leading")
-# Of a polish that starts from a calibrated plan.
-REFIT_ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -107,29 +103,10 @@ class Methods:
         return min(of_kind, key=lambda point: point.errors[measure].mean, default=None)
 
 
-def refit(
-    network: Network,
-    levels: Levels,
-    trajectories: Trajectories,
-    indices: Tuple[int, ...],
-    start: Optional[Point] = None,
-) -> SamplingPlan:
-    """A calibrated plan of given indices, its moves fitted on other trajectories as a calibration fits them.
-
-    Parameters
-    ----------
-    start : Point, optional
-        Polish it there: every third case chooses, the others are polished on. Default: no polish, but the segments' own
-        fits as `sampling.stages.fit_segments` makes them.
-    """
-    if start is None or not start.moves:
-        outcome = fit_segments(network, levels, trajectories, indices)
-        return calibrated_plan(levels.config, STEPS, indices, outcome.moves)
-    choosing = list(range(trajectories.cases))[2::3] or list(range(trajectories.cases))
-    others = [case for case in range(trajectories.cases) if case not in choosing] or choosing
-    walkers = [Walker(network, levels, trajectories.select(part), "subset", part) for part in (others, choosing)]
-    found = polish(walkers[0], walkers[1], indices, np.asarray(start.moves), start.timesteps or None, REFIT_ROUNDS)
-    return calibrated_plan(levels.config, STEPS, indices, found.moves, timesteps=found.timesteps)
+def refit(network: Network, levels: Levels, trajectories: Trajectories, indices: Tuple[int, ...]) -> SamplingPlan:
+    """A calibrated plan of given indices, its moves fitted on other trajectories as a calibration fits them."""
+    outcome = fit_segments(network, levels, trajectories, indices)
+    return calibrated_plan(levels.config, STEPS, indices, outcome.moves)
 
 
 def _betas(schedule: ScheduleConfig, spacing: str) -> Dict[str, Any]:

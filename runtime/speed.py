@@ -7,9 +7,10 @@ A choice is one of
     pd:5                the fewest whose mean error, when they were calibrated, was measured to be within a budget:
                         PD here, or lpips, pixel_mean_abs (levels of 255) or latent_relative_error
 
-Evaluations are left out by a calibration of the same checkpoint and number of steps. Without one a number becomes an
-uncalibrated plan, and a budget every step; every step is also what eta above 0 and fewer than four evaluations come to.
-What a request came to stands in its plan, and so in its receipt.
+Evaluations are left out by a calibration of the same checkpoint and number of steps: for each number of evaluations the
+user's own where it has that number, else the shipped one. Without one a number becomes an uncalibrated plan, and a
+budget every step; every step is also what eta above 0 and fewer than four evaluations come to. What a request came to
+stands in its plan, and so in its receipt.
 """
 
 from __future__ import annotations
@@ -21,21 +22,24 @@ from pathlib import Path
 from typing import Callable, Dict, List, Optional, Tuple, Union
 
 from cldm.config import ModelConfig
+from cldm.image import target_size
 from cldm.request import MAX_STEPS, Request
 from cldm.weights import Weights
 from ldm.plans import SamplingPlan, exact_plan, subset_plan
 from sampling.calibration import (
     BUDGET_MEASURES,
+    FEWEST_EVALUATIONS,
     Calibration,
     CalibrationError,
-    Setting,
-    find_calibration,
+    NotInCalibration,
+    Running,
+    by_count,
+    calibrate_command,
+    find_calibrations,
     plan_for,
     plan_within,
 )
 
-# Below this a plan is plain DDIM: so few predictions say next to nothing about those between them.
-FEWEST_EVALUATIONS = 4
 # Without a calibration a list of plans to choose from has these numbers of evaluations.
 USUAL_COUNTS = range(FEWEST_EVALUATIONS, 13)
 # Plans that are kept ready; a request of another schedule or guidance scale has another plan.
@@ -146,7 +150,8 @@ class Planner:
     config : ModelConfig
     weights : Weights
     build_dir : path
-        Where calibrations made on this machine are sought; the model's shipped one comes after them.
+        Where calibrations made on this machine are sought; the model's shipped one comes after them, for the numbers
+        of evaluations that they lack.
     backend, precision : str
         What runs, to be compared with what was calibrated.
     report : callable
@@ -170,17 +175,17 @@ class Planner:
         self._backend = backend
         self._precision = precision
         self._report = report
-        self._plans: Dict[Tuple[int, float, float], SamplingPlan] = {}
+        self._plans: Dict[Tuple[int, float, float, int], SamplingPlan] = {}
 
     def plan(self, request: Request) -> SamplingPlan:
-        """The plan for a request's steps, eta and guidance scale.
+        """The plan for a request's steps, eta, guidance scale and resolution; the last only for what its detail says.
 
         Raises
         ------
         CalibrationError
-            The budget is in a measure that the calibration was made without.
+            The budget is in a measure that no calibration was made with; the message says how to make one with it.
         """
-        key = (request.ddim_steps, request.eta, request.guidance_scale)
+        key = (request.ddim_steps, request.eta, request.guidance_scale, _shorter_side(request))
         found = self._plans.get(key)
         if found is None:
             found = self._make(request)
@@ -194,15 +199,15 @@ class Planner:
         plans: List[SamplingPlan] = []
         if request.eta == 0:
             try:
-                calibration = self._find(request)
+                found = by_count(self._find(request))
             except CalibrationError as reason:
                 self._report(f"no calibrated plans to choose from: {reason}")
                 counts = [count for count in USUAL_COUNTS if count < request.ddim_steps]
                 plans = [self._uncalibrated(request, count, "not calibrated") for count in counts]
             else:
-                counts = [c for c in calibration.counts if FEWEST_EVALUATIONS <= c < request.ddim_steps]
+                counts = [count for count in found if FEWEST_EVALUATIONS <= count < request.ddim_steps]
                 running = self._running(request)
-                plans = [plan_for(calibration, self._config.schedule, count, running=running) for count in counts]
+                plans = [plan_for(found[count], self._config.schedule, count, running=running) for count in counts]
         return [*plans, exact_plan(self._config.schedule, request.ddim_steps, request.eta)]
 
     def _make(self, request: Request) -> SamplingPlan:
@@ -215,23 +220,34 @@ class Planner:
         if min(wanted or request.ddim_steps, request.ddim_steps) < FEWEST_EVALUATIONS:
             return self._fall_back(exact, f"as fewer than {FEWEST_EVALUATIONS} evaluations are plain DDIM")
         try:
-            calibration = self._find(request)
+            calibrations = self._find(request)
         except CalibrationError as reason:
             return self._without_calibration(request, exact, str(reason))
-        return self._calibrated(request, calibration)
+        return self._calibrated(request, calibrations)
 
-    def _calibrated(self, request: Request, calibration: Calibration) -> SamplingPlan:
-        schedule, running = self._config.schedule, self._running(request)
+    def _calibrated(self, request: Request, calibrations: List[Calibration]) -> SamplingPlan:
         if self.speed.evaluations is None:
-            plan = plan_within(calibration, schedule, self.speed.budget, self.speed.measure, running)
-            plan = dataclasses.replace(plan, detail=", ".join(filter(None, [plan.detail, f"for {self.speed}"])))
-        elif self.speed.evaluations in calibration.counts:
-            plan = plan_for(calibration, schedule, self.speed.evaluations, running=running)
+            plan = self._within_budget(request, calibrations)
         else:
-            counts = ", ".join(map(str, calibration.counts))
-            plan = self._uncalibrated(request, self.speed.evaluations, f"not calibrated, as only {counts} are")
+            plan = self._of_number(request, calibrations, self.speed.evaluations)
         self._report(f"speed {self.speed} of {request.ddim_steps} steps: {plan}")
         return plan
+
+    def _of_number(self, request: Request, calibrations: List[Calibration], evaluations: int) -> SamplingPlan:
+        found = by_count(calibrations)
+        if evaluations in found:
+            return plan_for(found[evaluations], self._config.schedule, evaluations, running=self._running(request))
+        return self._uncalibrated(request, evaluations, f"not calibrated, as only {', '.join(map(str, found))} are")
+
+    def _within_budget(self, request: Request, calibrations: List[Calibration]) -> SamplingPlan:
+        running, measure = self._running(request), self.speed.measure
+        try:
+            plan = plan_within(calibrations, self._config.schedule, self.speed.budget, measure, running)
+        except NotInCalibration as reason:
+            command = calibrate_command(self._config, self._weights, self._build_dir, running)
+            needs = _weights_of_measure(str(measure))
+            raise NotInCalibration(f"speed {self.speed}: {reason}. To have it, {needs}run: {command}") from None
+        return dataclasses.replace(plan, detail=", ".join(filter(None, [plan.detail, f"for {self.speed}"])))
 
     def _without_calibration(self, request: Request, exact: SamplingPlan, reason: str) -> SamplingPlan:
         self._report(reason)
@@ -253,23 +269,31 @@ class Planner:
         plan = subset_plan(self._config.schedule, request.ddim_steps, indices)
         return dataclasses.replace(plan, detail=detail)
 
-    def _find(self, request: Request) -> Calibration:
-        return find_calibration(
-            self._config,
-            self._weights,
-            self._build_dir,
-            request.ddim_steps,
-            self._backend,
-            self._precision,
-            request.guidance_scale,
-        )
+    def _find(self, request: Request) -> List[Calibration]:
+        return find_calibrations(self._config, self._weights, self._build_dir, self._running(request))
 
-    def _running(self, request: Request) -> Setting:
-        return Setting(
+    def _running(self, request: Request) -> Running:
+        return Running(
             self._config.name,
             self._weights.digest,
             request.ddim_steps,
             self._backend,
             self._precision,
             request.guidance_scale,
+            _shorter_side(request),
         )
+
+
+def _shorter_side(request: Request) -> int:
+    """Of the pictures that a request makes, whatever their proportions."""
+    return target_size(request.image_resolution, request.image_resolution, request.image_resolution)[0]
+
+
+def _weights_of_measure(measure: str) -> str:
+    """What a measure's network needs on this machine, as the beginning of a sentence; nothing for one without any."""
+    from scoring.backbones import METRICS_DIR
+    from scoring.lpips_distance import ALEXNET_WEIGHTS
+    from scoring.pd import INCEPTION_WEIGHTS
+
+    name = {"pd": INCEPTION_WEIGHTS, "lpips": ALEXNET_WEIGHTS}.get(measure)
+    return "" if name is None else f"see that its weights are at {METRICS_DIR / name}, and "

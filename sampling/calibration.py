@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, Union
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 from cldm.config import MODELS_DIR
 from cldm.files import write_json
@@ -28,6 +29,10 @@ FORMAT = 2
 # Further from being the one looked for than a file that differs in all that matters.
 UNREADABLE = 9
 KINDS = ("subset", "linear", "calibrated")
+# Below this a plan is plain DDIM: so few predictions say next to nothing about those between them.
+FEWEST_EVALUATIONS = 4
+# With fewer fitted cases than this a plan may follow those cases and no others.
+FEW_CASES = 8
 # What a plan can be chosen or limited by: keys of `scoring.measures`, of which less is better. The first that was
 # measured is what a calibration is selected by.
 BUDGET_MEASURES = ("pd", "pixel_mean_abs", "lpips", "latent_relative_error")
@@ -39,6 +44,10 @@ class CalibrationError(ValueError):
     """There is no calibration for what runs, or it cannot be used; the message says how to make one."""
 
 
+class NotInCalibration(CalibrationError):
+    """A budget is in a measure that no calibration at hand was made with."""
+
+
 class Spread(NamedTuple):
     """A measure over the held-out cases: its mean, and its worst case."""
 
@@ -48,7 +57,7 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Setting:
-    """What a calibration was made for, or what is about to run.
+    """What a calibration was made for.
 
     Attributes
     ----------
@@ -74,6 +83,19 @@ class Setting:
         """The name of this setting's file; all of its fields are in it."""
         guidance = f"g{self.guidance:g}" if self.guidance is not None else "gany"
         return f"{self.model}-{self.weights}-s{self.num_steps}-{self.backend}-{self.precision}-{guidance}.json"
+
+
+@dataclass(frozen=True)
+class Running(Setting):
+    """What is about to run: a setting, and the size of its pictures.
+
+    Attributes
+    ----------
+    shorter_side : int, optional
+        Of the pictures that are made, in pixels; None where it does not matter to the one who asks.
+    """
+
+    shorter_side: Optional[int] = None
 
 
 @dataclass(frozen=True)
@@ -135,7 +157,7 @@ class Calibration:
         The measure that decides between points of one number of evaluations: the first of `BUDGET_MEASURES` that could
         be taken.
     made : dict
-        For the reader: date, pictures, prompts' digest, seeds, size, evaluations spent.
+        How: date, pictures, prompts' digest, seeds, effort, and "height" and "width" in pixels.
     """
 
     setting: Setting
@@ -148,6 +170,12 @@ class Calibration:
     def counts(self) -> Tuple[int, ...]:
         """Numbers of evaluations that there are plans for, rising."""
         return tuple(sorted({point.evaluations for point in self.points}))
+
+    @property
+    def shorter_side(self) -> Optional[int]:
+        """Of the pictures that it was made with, in pixels; None where the file does not say."""
+        sides = [self.made[name] for name in ("height", "width") if name in self.made]
+        return min(sides) if len(sides) == 2 else None
 
     def point(self, evaluations: int, kind: Optional[str] = None) -> Point:
         """The best point of so many evaluations, of all kinds or of one.
@@ -177,7 +205,9 @@ class Calibration:
         Raises
         ------
         CalibrationError
-            No such number of evaluations, or the measure was not taken.
+            No such number of evaluations.
+        NotInCalibration
+            The measure was not taken.
         """
         if evaluations == self.setting.num_steps:
             return Spread(0.0, 0.0)
@@ -186,7 +216,7 @@ class Calibration:
     def _measured(self, point: Point, measure: str) -> Spread:
         if measure not in BUDGET_MEASURES or measure not in point.errors:
             there = [key for key in BUDGET_MEASURES if key in point.errors]
-            raise CalibrationError(f"{measure} was not measured in this calibration; there are {', '.join(there)}")
+            raise NotInCalibration(f"{measure} was not measured in this calibration; there are {', '.join(there)}")
         return point.errors[measure]
 
 
@@ -195,7 +225,7 @@ def plan_for(
     schedule: ScheduleConfig,
     evaluations: int,
     kind: Optional[str] = None,
-    running: Optional[Setting] = None,
+    running: Optional[Running] = None,
 ) -> SamplingPlan:
     """The calibrated plan of so many evaluations; plain DDIM where that is the full schedule.
 
@@ -203,9 +233,9 @@ def plan_for(
     ----------
     kind : {"subset", "linear", "calibrated"}, optional
         Default: whichever was measured to be best.
-    running : Setting, optional
-        What is about to run: another backend, precision or guidance scale than the calibration's stands in the plan's
-        detail.
+    running : Running, optional
+        What is about to run: where that leaves the measured errors in doubt, as `warnings_of` has it, the plan's detail
+        says so.
 
     Raises
     ------
@@ -214,7 +244,7 @@ def plan_for(
     """
     setting = calibration.setting
     if running is not None:
-        refused = _refusals(setting, running)
+        refused = refusals(setting, running)
         if refused:
             raise CalibrationError(f"this calibration was made for something else: {'; '.join(refused)}")
     if evaluations == setting.num_steps:
@@ -228,38 +258,64 @@ def plan_for(
     return point.plan(schedule, setting.num_steps, ", ".join(parts))
 
 
-def plan_within(
-    calibration: Calibration,
-    schedule: ScheduleConfig,
-    budget: float,
-    measure: Optional[str] = None,
-    running: Optional[Setting] = None,
-) -> SamplingPlan:
-    """The plan of the fewest evaluations whose measured held-out mean error is within a budget, else plain DDIM.
+def by_count(calibrations: Sequence[Calibration], measure: Optional[str] = None) -> Dict[int, Calibration]:
+    """The calibration to use for each number of evaluations that any has, rising: the first that has it.
 
     Parameters
     ----------
+    calibrations : sequence of Calibration
+        In the order in which they are preferred.
+    measure : str, optional
+        Leave out numbers for which this was not measured.
+    """
+    found: Dict[int, Calibration] = {}
+    for calibration in calibrations:
+        for count in calibration.counts:
+            if measure is None or measure in calibration.point(count).errors:
+                found.setdefault(count, calibration)
+    return {count: found[count] for count in sorted(found)}
+
+
+def plan_within(
+    calibrations: Sequence[Calibration],
+    schedule: ScheduleConfig,
+    budget: float,
+    measure: Optional[str] = None,
+    running: Optional[Running] = None,
+) -> SamplingPlan:
+    """The plan of the fewest evaluations whose measured held-out mean error is within a budget, else plain DDIM.
+
+    Plans of fewer than `FEWEST_EVALUATIONS` are none to choose from.
+
+    Parameters
+    ----------
+    calibrations : sequence of Calibration
+        At least one, all of one schedule, in the order in which they are preferred.
     budget : float
         In the measure's unit, 0 or more.
     measure : str, optional
-        One of `BUDGET_MEASURES`; default the one that the calibration was selected by.
-    running : Setting, optional
+        One of `BUDGET_MEASURES`; default what each calibration was selected by.
+    running : Running, optional
         As in `plan_for`.
 
     Raises
     ------
     CalibrationError
-        The budget is no number of 0 or more, the measure was not taken, or as in `plan_for`.
+        The budget is no number of 0 or more, or as in `plan_for`.
+    NotInCalibration
+        The measure was taken for no number of evaluations.
     """
     if not math.isfinite(budget) or budget < 0:
         raise CalibrationError(f"a budget must be a number of 0 or more, got {budget}")
-    for count in calibration.counts:
-        if calibration.error(count, measure).mean <= budget:
+    counts = by_count(calibrations, measure if measure in BUDGET_MEASURES else None)
+    for count, calibration in (counts or by_count(calibrations)).items():  # without a count that has it: the error
+        error = calibration.error(count, measure)
+        if count >= FEWEST_EVALUATIONS and error.mean <= budget:
             return plan_for(calibration, schedule, count, running=running)
-    return plan_for(calibration, schedule, calibration.setting.num_steps, running=running)
+    return plan_for(calibrations[0], schedule, calibrations[0].setting.num_steps, running=running)
 
 
-def warnings_of(calibration: Calibration, running: Setting) -> List[str]:
+def warnings_of(calibration: Calibration, running: Running) -> List[str]:
     """In what that leaves a calibration usable, but its measured errors in doubt, it differs from what runs."""
     made = calibration.setting
     found = []
@@ -268,10 +324,15 @@ def warnings_of(calibration: Calibration, running: Setting) -> List[str]:
         if other is not None and one != other:
             one, other = (f"{value:g}" if isinstance(value, float) else value for value in (one, other))
             found.append(f"calibrated at {unit}{one} but run at {other}")
+    side = calibration.shorter_side
+    if None not in (side, running.shorter_side) and side != running.shorter_side:
+        found.append(f"calibrated on pictures of shorter side {side} but run at {running.shorter_side}")
+    if calibration.cases < FEW_CASES:
+        found.append(f"only {calibration.cases} cases were fitted to, {FEW_CASES} or more make its errors dependable")
     return found
 
 
-def _refusals(made: Setting, running: Setting) -> List[str]:
+def refusals(made: Setting, running: Setting) -> List[str]:
     """In what that rules a calibration out it differs from what runs."""
     names = {"model": "model", "weights": "checkpoint", "num_steps": "number of steps"}
     return [
@@ -281,7 +342,7 @@ def _refusals(made: Setting, running: Setting) -> List[str]:
     ]
 
 
-def calibrate_command(config: ModelConfig, weights: Weights, running: Setting) -> str:
+def calibrate_command(config: ModelConfig, weights: Weights, build_dir: Union[str, Path], running: Setting) -> str:
     """The command that makes a calibration for what runs, to be given in the repository's own folder."""
     file = Path(config.folder).resolve() / f"{config.name}.yaml"
     model = config.name if file.parent == MODELS_DIR else str(file)
@@ -296,6 +357,9 @@ def calibrate_command(config: ModelConfig, weights: Weights, running: Setting) -
             words += [option, value]
     if running.guidance is not None:
         words += ["--guidance", f"{running.guidance:g}"]
+    default = MODELS_DIR.parent / "build"  # where the variable is not set, as in another shell
+    if os.environ.get("HACKATHON_BUILD_DIR") or Path(build_dir).resolve() != default.resolve():
+        words += ["--build-dir", str(Path(build_dir).resolve())]
     return " ".join(shlex.quote(word) for word in words)
 
 
@@ -318,9 +382,18 @@ def find_calibration(
     precision: Optional[str] = None,
     guidance: Optional[float] = None,
 ) -> Calibration:
-    """The calibration to use: one made on this machine under build/, else the model's shipped one.
+    """The first of `find_calibrations`; raises as that does."""
+    running = Running(config.name, weights.digest, num_steps, backend, precision, guidance)
+    return find_calibrations(config, weights, build_dir, running)[0]
 
-    Of several that can be used, the one that agrees with backend, precision and guidance in most; of equals the newest.
+
+def find_calibrations(
+    config: ModelConfig, weights: Weights, build_dir: Union[str, Path], running: Running
+) -> List[Calibration]:
+    """All that can be used for what is about to run, in the order in which they are preferred.
+
+    Those made on this machine under build/ come before the model's shipped one. Of several the one with the fewest
+    `warnings_of` comes first; of equals the newest.
 
     Raises
     ------
@@ -328,31 +401,35 @@ def find_calibration(
         None is for this model, checkpoint and number of steps: what the nearest differs in, or why a file cannot be
         read, and the command that makes one.
     """
-    running = Setting(config.name, weights.digest, num_steps, backend, precision, guidance)
     folder = calibration_folder(build_dir)
     own = sorted(folder.glob("*.json"), key=lambda path: -path.stat().st_mtime) if folder.is_dir() else []
     shipped = [path for path in (shipped_path(config),) if path.is_file()]
     problems: List[Tuple[int, str]] = []  # with how far each file is from being the one
+    usable: List[Calibration] = []
     for paths in (own, shipped):
-        usable = []
-        for path in paths:
-            try:
-                found = load_calibration(path)
-            except CalibrationError as error:
-                problems.append((UNREADABLE, str(error)))
-                continue
-            refused = _refusals(found.setting, running)
-            if refused:
-                problems.append((len(refused), f"{path} was made for something else: {'; '.join(refused)}"))
-            else:
-                usable.append(found)
-        if usable:
-            return min(usable, key=lambda c: len(warnings_of(c, running)))  # the first of equals: the newest
+        found = [calibration for path in paths for calibration in _usable(path, running, problems)]
+        usable += sorted(found, key=lambda calibration: len(warnings_of(calibration, running)))  # keeps equals in order
+    if usable:
+        return usable
     reason = min(problems)[1] if problems else "none was made"
     raise CalibrationError(
-        f"no calibration for {config.name} ({weights}) at {num_steps} steps: {reason}. Make one with:"
-        f" {calibrate_command(config, weights, running)}"
+        f"no calibration for {config.name} ({weights}) at {running.num_steps} steps: {reason}. Make one with:"
+        f" {calibrate_command(config, weights, build_dir, running)}"
     )
+
+
+def _usable(path: Path, running: Setting, problems: List[Tuple[int, str]]) -> List[Calibration]:
+    """The file's calibration where it can be used; else none, and one problem more."""
+    try:
+        found = load_calibration(path)
+    except CalibrationError as error:
+        problems.append((UNREADABLE, str(error)))
+        return []
+    refused = refusals(found.setting, running)
+    if refused:
+        problems.append((len(refused), f"{path} was made for something else: {'; '.join(refused)}"))
+        return []
+    return [found]
 
 
 def save_calibration(calibration: Calibration, path: Path) -> None:
@@ -418,6 +495,9 @@ def _check(calibration: Calibration) -> None:
 
     if not calibration.points:
         raise ValueError("it holds no plan")
+    side = calibration.shorter_side
+    if side is not None and not isinstance(side, int):
+        raise ValueError(f"height or width {side!r} is not an integer")
     for point in calibration.points:
         if point.kind not in KINDS:
             raise ValueError(f"unknown kind {point.kind!r}")

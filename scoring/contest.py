@@ -54,9 +54,22 @@ PUBLISHED: Tuple[PublishedPoint, ...] = (
 
 @dataclass(frozen=True)
 class ScoreFit:
-    """The coefficients c_0 .. c_3 of the formula above."""
+    """The formula above, fitted.
+
+    Attributes
+    ----------
+    coefficients : tuple of float
+        c_0 .. c_3.
+    span_ms : (float, float)
+        Lowest and highest latency of the fitted points; beyond them an estimate is an extrapolation.
+    """
 
     coefficients: Tuple[float, ...]
+    span_ms: Tuple[float, float] = (0.0, math.inf)
+
+    def covers(self, milliseconds: float) -> bool:
+        """Whether a latency is within those of the fitted points."""
+        return self.span_ms[0] <= milliseconds <= self.span_ms[1]
 
     def estimate(self, milliseconds: float, pd: float) -> float:
         """Estimated score; 0 where PD fails."""
@@ -82,7 +95,8 @@ def fit_score(points: Sequence[PublishedPoint] = PUBLISHED) -> ScoreFit:
     solved, _, rank, _ = np.linalg.lstsq(terms, np.log([point.score for point in used]), rcond=None)
     if rank < terms.shape[1]:
         raise ValueError(f"{len(used)} published points do not determine {terms.shape[1]} coefficients")
-    return ScoreFit(tuple(float(value) for value in solved))
+    latencies = [point.milliseconds for point in used]
+    return ScoreFit(tuple(float(value) for value in solved), (min(latencies), max(latencies)))
 
 
 def left_out_error(points: Sequence[PublishedPoint] = PUBLISHED) -> float:
@@ -117,4 +131,6 @@ def describe_fit(fit: ScoreFit, points: Sequence[PublishedPoint] = PUBLISHED) ->
         f"  A fitted point up to PD {PD_KNEE:g} that is left out is missed by at most"
         f" {100 * left_out_error(points):.0f} %. Above it one point alone decides."
     )
+    low, high = fit.span_ms
+    lines.append(f"  The fitted points span {low:g} to {high:g} ms; outside it an estimate is an extrapolation.")
     return "\n".join(lines)

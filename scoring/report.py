@@ -52,8 +52,23 @@ def environment() -> Dict[str, Any]:
     }
 
 
-def what_runs(receipt: Dict[str, Any], warmup: int, repeats: int) -> str:
-    """The first lines of the report, from the receipt of a run."""
+def what_runs(receipt: Dict[str, Any], warmup: int, repeats: int, by_plan: bool = False) -> str:
+    """The first lines of the report, from the receipt of a run.
+
+    Parameters
+    ----------
+    warmup, repeats : int
+        Of `scoring.runner.ScoreOptions`.
+    by_plan : bool
+        Plans are compared, as `scoring.speed.SpeedRunner` does: it times `run`, not `process`, and warms up each plan
+        at each picture size.
+    """
+    timed = _count(repeats, "timed call")
+    if by_plan:
+        latency = f"wall clock of run(), {timed} a picture and plan, after {warmup} untimed a plan and picture size"
+    else:
+        median = ", their median" if repeats > 1 else ""
+        latency = f"wall clock of process(), {timed} a picture{median}, after {warmup + 1} untimed"
     lines = [
         f"model      {receipt['model']}, {receipt['weights']}",
         f"backend    {receipt['backend']}: {receipt['backend_reason']}",
@@ -61,8 +76,7 @@ def what_runs(receipt: Dict[str, Any], warmup: int, repeats: int) -> str:
         f"image      {receipt['width']} x {receipt['height']}, {receipt['evaluations']} network evaluations,"
         f" seed {receipt['seed']}",
         f"sampling   {receipt['sampling']}",
-        f"latency    wall clock of process(), {_count(repeats, 'timed call')} a picture"
-        f"{', their median' if repeats > 1 else ''}, after {warmup + 1} untimed",
+        f"latency    {latency}",
     ]
     lines.extend(f"warning    {warning}" for warning in receipt["warnings"])
     return "\n".join(lines)

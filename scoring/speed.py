@@ -23,6 +23,7 @@ from scoring.runner import Pipeline, Runner, naming
 # Of `scoring.measures.COMPARISONS` the table has these, means over the pictures; the JSON has all.
 SHOWN = ("pd", "lpips", "psnr_db", "latent_relative_error")
 HEAD = ("evaluations", "latency ms", "lowest", "highest")
+OUTSIDE = "outside the fitted span"
 CHOOSING = (
     "Choose one with HACKATHON_SPEED, the argument speed of initialize(), or compute_score.py --speed N; exact DDIM is"
     " the default."
@@ -155,16 +156,16 @@ def format_speeds(rows: Sequence[SpeedRow], not_measured: Dict[str, str], fit: O
     fit = fit or fit_score()
     measures = [m for m in COMPARISONS if m.key in SHOWN and any(row.mean(m.key) is not None for row in rows)]
     scored = any(row.mean("pd") is not None for row in rows)
-    lines = [[*HEAD, *(m.title for m in measures), *(["score, est."] if scored else [])]]
+    lines = [[*HEAD, *(m.title for m in measures), *(["score, est.", ""] if scored else [])]]
     for row in rows:
         latencies = (row.latency_ms, min(row.latencies_ms), max(row.latencies_ms))
         means = [row.mean(m.key) for m in measures]
         cells = [str(row.evaluations), *(f"{value:.2f}" for value in latencies)]
         cells += [ABSENT if value is None else format(value, m.form) for m, value in zip(measures, means)]
-        lines.append([*cells, *([_score_cell(row, fit)] if scored else [])])
+        lines.append([*cells, *(_score_cells(row, fit) if scored else [])])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    table = ["  ".join(text.rjust(width) for text, width in zip(line, widths)) for line in lines]
-    table.insert(1, "-" * len(table[0]))
+    table = ["  ".join(text.rjust(width) for text, width in zip(line, widths)).rstrip() for line in lines]
+    table.insert(1, "-" * max(map(len, table)))
     table.append("Latency: wall clock of run(), which process() wraps; median, lowest and highest of all timed runs.")
     table += [f"{row.evaluations:>{widths[0]}}: {row.sampling}" for row in rows]
     titles = {m.key: m.title for m in COMPARISONS if m.key in SHOWN}
@@ -178,9 +179,12 @@ def estimate(row: SpeedRow, fit: ScoreFit) -> Optional[float]:
     return None if pd is None else fit.estimate(row.latency_ms, pd)
 
 
-def _score_cell(row: SpeedRow, fit: ScoreFit) -> str:
+def _score_cells(row: SpeedRow, fit: ScoreFit) -> List[str]:
+    """The estimate, and a remark on it."""
     score = estimate(row, fit)
-    return ABSENT if score is None else f"{score:.0f}"
+    if score is None:
+        return [ABSENT, ""]
+    return [f"{score:.0f}", "" if fit.covers(row.latency_ms) else OUTSIDE]
 
 
 def _best(rows: Sequence[SpeedRow], fit: ScoreFit) -> str:
@@ -188,7 +192,9 @@ def _best(rows: Sequence[SpeedRow], fit: ScoreFit) -> str:
     if not scores:
         return "  No estimate for the rows above: PD was not measured."
     score, row = max(scores, key=lambda entry: entry[0])
-    return f"  Highest estimate, on an A10 as fast as this machine: {score:.0f} with {row.evaluations} evaluations."
+    remark = "" if fit.covers(row.latency_ms) else f", {OUTSIDE}"
+    found = f"{score:.0f} with {row.evaluations} evaluations{remark}"
+    return f"  Highest estimate, on an A10 as fast as this machine: {found}."
 
 
 def speeds_json(
@@ -203,7 +209,12 @@ def speeds_json(
             "environment": environment(),
             "not_measured": not_measured,
             "rows": [
-                {**dataclasses.asdict(row), "latency_ms": row.latency_ms, "score_estimate": estimate(row, fit)}
+                {
+                    **dataclasses.asdict(row),
+                    "latency_ms": row.latency_ms,
+                    "score_estimate": estimate(row, fit),
+                    "score_in_fitted_span": fit.covers(row.latency_ms),
+                }
                 for row in rows
             ],
         }

@@ -20,15 +20,20 @@ from sampling.calibration import (
     Calibration,
     CalibrationError,
     Point,
+    Running,
     Setting,
     Spread,
+    by_count,
+    calibrate_command,
     calibration_folder,
     find_calibration,
+    find_calibrations,
     load_calibration,
     plan_for,
     plan_within,
     save_calibration,
     shipped_path,
+    warnings_of,
 )
 from sampling.fit import KINDS, SegmentFits, Walker, fit_move
 from sampling.gram import gram_matrix, open_loop
@@ -537,29 +542,69 @@ def test_plans_of_a_calibration() -> None:
 
 @pytest.mark.parametrize(("budget", "count"), [(5.0, 7), (3.0, 7), (2.9, 8), (1.0, 8), (0.9, 20), (0.0, 20)])
 def test_a_budget_takes_the_fewest_evaluations_within_it(budget: float, count: int) -> None:
-    assert len(plan_within(calibration(), CONFIG, budget).indices) == count
-    assert len(plan_within(calibration(), CONFIG, budget / 100, "latent_relative_error").indices) == count
+    assert len(plan_within([calibration()], CONFIG, budget).indices) == count
+    assert len(plan_within([calibration()], CONFIG, budget / 100, "latent_relative_error").indices) == count
 
 
 def test_budgets_that_mean_nothing_are_refused() -> None:
     for budget in (-1.0, float("nan"), float("inf")):
         with pytest.raises(CalibrationError, match="0 or more"):
-            plan_within(calibration(), CONFIG, budget)
+            plan_within([calibration()], CONFIG, budget)
     with pytest.raises(CalibrationError, match="pd was not measured .* pixel_mean_abs, latent_relative_error"):
-        plan_within(calibration(), CONFIG, 1.0, "pd")
+        plan_within([calibration()], CONFIG, 1.0, "pd")
     with pytest.raises(CalibrationError, match="psnr_db was not measured"):
-        plan_within(calibration(), CONFIG, 1.0, "psnr_db")
+        plan_within([calibration()], CONFIG, 1.0, "psnr_db")
 
 
 def test_another_backend_is_told_and_another_checkpoint_refused() -> None:
-    running = dataclasses.replace(SETTING, backend="torch", precision="fp16", guidance=5.0)
+    same = Running(**dataclasses.asdict(SETTING))
+    running = dataclasses.replace(same, backend="torch", precision="fp16", guidance=5.0)
     text = str(plan_for(calibration(), CONFIG, 7, running=running))
     assert "onnxruntime but run at torch" in text and "fp32 but run at fp16" in text
     assert "guidance 9 but run at 5" in text
-    assert "but run" not in str(plan_for(calibration(), CONFIG, 7, running=SETTING))
+    assert str(plan_for(calibration(), CONFIG, 7, running=same)).endswith("calibrated on 32 cases of tiny")
     for change in ({"weights": "beef"}, {"model": "sd15"}, {"num_steps": 30}):
         with pytest.raises(CalibrationError, match="made for something else"):
-            plan_for(calibration(), CONFIG, 7, running=dataclasses.replace(SETTING, **change))
+            plan_for(calibration(), CONFIG, 7, running=dataclasses.replace(same, **change))
+
+
+def test_small_calibrations_are_told() -> None:
+    sized = dataclasses.replace(calibration(), cases=8, made={"height": 256, "width": 128})
+    assert sized.shorter_side == 128 and calibration().shorter_side is None
+    running = Running(**dataclasses.asdict(SETTING))
+    for side, said in ((None, []), (128, []), (256, ["calibrated on pictures of shorter side 128 but run at 256"])):
+        assert warnings_of(sized, dataclasses.replace(running, shorter_side=side)) == said
+    assert warnings_of(calibration(), dataclasses.replace(running, shorter_side=256)) == [], "the file does not say"
+    (few,) = warnings_of(dataclasses.replace(sized, cases=7), running)
+    assert few.startswith("only 7 cases were fitted to, 8 or more")
+
+
+def test_the_command_names_the_build_folder_where_it_is_not_the_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, weights = load_config("tiny"), Weights(None, 3, "cafe")
+    default = Path(__file__).resolve().parent.parent / "build"
+    monkeypatch.delenv("HACKATHON_BUILD_DIR", raising=False)
+    assert "--build-dir" not in calibrate_command(config, weights, default, SETTING)
+    assert calibrate_command(config, weights, tmp_path, SETTING).endswith(f" --build-dir {tmp_path}")
+    monkeypatch.setenv("HACKATHON_BUILD_DIR", str(tmp_path))
+    assert calibrate_command(config, weights, default, SETTING).endswith(f" --build-dir {default}")
+
+
+def test_calibrations_are_taken_count_by_count(tmp_path: Path) -> None:
+    config = dataclasses.replace(load_config("tiny"), folder=str(tmp_path))
+    folder = calibration_folder(tmp_path / "build")
+    few = dataclasses.replace(calibration(), cases=2, points=(point(SEVEN, 9.0),))
+    nearer = dataclasses.replace(calibration(), cases=16, points=(point(EIGHT, 9.0),))
+    save_calibration(few, folder / "few.json")
+    save_calibration(nearer, folder / "nearer.json")
+    os.utime(str(folder / "nearer.json"), (1e9, 1e9))
+    save_calibration(calibration(), shipped_path(config))
+    running = Running(**dataclasses.asdict(SETTING))
+    found = find_calibrations(config, Weights(None, 3, "cafe"), tmp_path / "build", running)
+    assert found == [nearer, few, calibration()], "few cases are worse than being older, and the shipped one is last"
+    assert by_count(found) == {7: few, 8: nearer}
+    assert by_count([*found[1:], nearer]) == {7: few, 8: calibration()}
 
 
 def test_the_nearest_calibration_is_found(tmp_path: Path) -> None:
@@ -616,6 +661,7 @@ def test_without_a_calibration_the_error_says_how_to_make_one(tmp_path: Path) ->
         lambda value: value["points"][0].update(kind="guessed"),
         lambda value: value["setting"].update(colour="red"),
         lambda value: value.update(selected_by="pd"),
+        lambda value: value.update(made={"height": "256", "width": "384"}),
     ],
 )
 def test_damaged_calibrations_are_refused_by_name(change: Any, tmp_path: Path) -> None:
@@ -701,6 +747,7 @@ def test_numbers_of_evaluations_are_read() -> None:
     for argv in (
         ["--evaluations", "x"],
         ["--evaluations", "1-3"],
+        ["--evaluations", "3-5"],
         ["--evaluations", "20"],
         ["--cases", "5"],
         ["--seconds", "0"],
@@ -739,7 +786,7 @@ def test_the_command_makes_a_calibration_that_is_found(tmp_path: Path, capsys: p
 
     model = write_micro(tmp_path / "model")
     words = ["--model", str(model), "--backend", "torch", "--device", "cpu", "--precision", "fp32"]
-    words += ["--height", "64", "--width", "64", "--steps", "6", "--evaluations", "3", "--cases", "4"]
+    words += ["--height", "64", "--width", "64", "--steps", "6", "--evaluations", "4", "--cases", "4"]
     words += [
         "--kinds",
         "calibrated",
@@ -752,23 +799,111 @@ def test_the_command_makes_a_calibration_that_is_found(tmp_path: Path, capsys: p
     ]
     assert main(words) == 0
     printed = capsys.readouterr()
-    assert "3*" in printed.out and "2 held-out cases" in printed.out and "recorded case 4 of 4" in printed.err
+    assert "4*" in printed.out and "2 held-out cases" in printed.out and "recorded case 4 of 4" in printed.err
     config = load_config(str(model))
     found = find_calibration(config, find_weights(config), tmp_path / "build", 6, "torch", "fp32", 9.0)
-    assert found.counts == (3,) and found.cases == 2 and found.setting.guidance == 9.0
+    assert found.counts == (4,) and found.cases == 2 and found.setting.guidance == 9.0
     assert {"latent_relative_error", "pixel_mean_abs", "psnr_db"} <= set(found.points[0].errors)
     assert main(words) == 0 and "recorded" not in capsys.readouterr().err
     output = tmp_path / "batched.json"
     assert main([*words, "--batched", "--batch", "4", "--polish", "--output", str(output)]) == 0
     batched = load_calibration(output)
     assert batched.setting == found.setting and batched.made["batched"] and not found.made["batched"]
-    assert {"3 calibrated", "3 calibrated, polished"} == set(batched.made["fitted"])
+    assert {"4 calibrated", "4 calibrated, polished"} == set(batched.made["fitted"])
     for one, other in zip(found.points, batched.points):  # the same cases, so nearly the same result
         assert one.indices == other.indices
         assert one.errors["latent_relative_error"].mean == pytest.approx(
             other.errors["latent_relative_error"].mean, rel=0.05
         )
-    assert main([*words, "--evaluations", "4", "--seconds", "1e-9"]) == 1
+    assert main([*words, "--evaluations", "5", "--seconds", "1e-9"]) == 1
     assert "too short for a single plan" in capsys.readouterr().err
     assert main([*words, "--pictures", str(tmp_path / "nowhere")]) == 1
     assert "no picture folder" in capsys.readouterr().err
+
+    # Another number of the same cases is added; other cases replace the file, which is said before the work.
+    (path,) = calibration_folder(tmp_path / "build").glob("*.json")
+    assert main([*words, "--evaluations", "5"]) == 0
+    printed = capsys.readouterr()
+    assert "plans of 4 evaluations will be kept" in printed.err and "made anew" not in printed.err
+    assert "4*" in printed.out and "5*" in printed.out
+    both = load_calibration(path)
+    assert both.counts == (4, 5) and both.point(4) == found.point(4)
+    assert set(both.made["fitted"]) == {"4 calibrated", "5 calibrated"} and set(both.made["kept"]) == {"4"}
+    assert main([*words, "--evaluations", "5", "--cases", "6"]) == 0
+    said = capsys.readouterr().err
+    assert f"{path} with 4, 5 evaluations will be replaced: it is of other cases (2 fitted). To keep both give" in said
+    assert said.index("will be replaced") < said.index("recorded case")
+    assert load_calibration(path).counts == (5,)
+
+
+def test_a_file_that_cannot_be_added_to_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tools.calibrate_sampler import Case, cases_digest, kept_calibration, merged, parse_arguments
+
+    case = Case("a", np.zeros((4, 4, 3), np.uint8), "a bird", 1)
+    args = parse_arguments(["--evaluations", "8"])
+    path = tmp_path / "tiny.json"
+    keep = lambda setting, by: kept_calibration(path, setting, [case], by, args)  # noqa: E731
+    assert keep(SETTING, "pixel_mean_abs") is None and capsys.readouterr().err == ""
+    made = {"cases_digest": cases_digest([case]), "batched": False, "date": "then", "fitted": {"7 x": 1.0, "8 x": 2.0}}
+    old = dataclasses.replace(calibration(), made=made)
+    save_calibration(old, path)
+    assert keep(SETTING, "pixel_mean_abs") == old
+    assert "of 7 evaluations will be kept" in capsys.readouterr().err
+    for setting, by, said in (
+        (SETTING, "pd", "selected by pixel_mean_abs, these are by pd"),
+        (dataclasses.replace(SETTING, guidance=5.0), "pixel_mean_abs", "guidance scale is another"),
+        (dataclasses.replace(SETTING, weights="beef"), "pixel_mean_abs", "checkpoint is cafe, wanted beef"),
+    ):
+        assert keep(setting, by) is None
+        assert said in capsys.readouterr().err
+    args.batched = True
+    assert keep(SETTING, "pixel_mean_abs") is None and "without --batched" in capsys.readouterr().err
+    path.write_text("{")
+    assert keep(SETTING, "pixel_mean_abs") is None and "is damaged" in capsys.readouterr().err
+
+    new = dataclasses.replace(calibration(), points=(point(EIGHT, 5.0),), made={"fitted": {"8 y": 3.0}, "date": "now"})
+    both = merged(new, old)
+    assert both.points == (old.point(7), new.point(8)) and both.made["fitted"] == {"7 x": 1.0, "8 y": 3.0}
+    assert both.made["kept"]["7"]["date"] == "then" and both.made["date"] == "now"
+    assert merged(dataclasses.replace(new, made={**new.made, "date": "last"}), both).made["kept"]["7"]["date"] == "then"
+
+
+def test_what_would_fail_at_the_end_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tools import calibrate_sampler
+
+    monkeypatch.setattr(calibrate_sampler, "make_cases", lambda *arguments: pytest.fail("work was begun"))
+    monkeypatch.setenv("HACKATHON_BUILD_DIR", str(tmp_path / "else where"))
+    (tmp_path / "letter.json").write_text("Dear")
+    (tmp_path / "locked").mkdir()
+    monkeypatch.setattr("cldm.files.tempfile.mkstemp", _refusing(tmp_path / "locked"))
+    for words, said in (
+        (["--output", str(tmp_path)], "is a folder; name a file"),
+        (["--output", str(tmp_path / "none" / "a.json")], f"there is no folder {tmp_path / 'none'}"),
+        (["--output", str(tmp_path / "locked" / "a.json")], "cannot write"),
+        (["--output", str(tmp_path / "letter.json")], "letter.json is damaged"),
+        (["--height", "100"], "height must be a positive multiple of 64, got 100"),
+        (["--batched", "--height", "100"], "height must be a positive multiple of 64, got 100"),
+        (["--batched", "--width", "0"], "width must be a positive multiple of 64, got 0"),
+    ):
+        assert calibrate_sampler.main(["--model", "tiny", *words]) == 1
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "else where").exists() and (tmp_path / "letter.json").read_text() == "Dear"
+    assert calibrate_sampler.parse_arguments([]).build_dir == tmp_path / "else where"
+    monkeypatch.delenv("HACKATHON_BUILD_DIR")
+    assert calibrate_sampler.parse_arguments([]).build_dir == calibrate_sampler.ROOT / "build"
+
+
+def _refusing(folder: Path) -> Any:
+    """`tempfile.mkstemp` as it is where one folder cannot be written, which root always can."""
+    import tempfile
+
+    real = tempfile.mkstemp
+
+    def mkstemp(*arguments: Any, **keywords: Any) -> Any:
+        if keywords.get("dir") == str(folder):
+            raise PermissionError(13, "Permission denied")
+        return real(*arguments, **keywords)
+
+    return mkstemp

@@ -586,9 +586,11 @@ def test_report_says_what_ran_and_what_was_not_measured(tmp_path, pictures):
         "onnxruntime: no CUDA device",
         "fp32 on cpu",
         "20 network evaluations",
-        "3 timed calls",
+        "wall clock of process(), 3 timed calls a picture, their median, after 2 untimed",
     ):
         assert part in head
+    by_plan = what_runs(score.pictures[0].receipt, 1, 3, by_plan=True)
+    assert "wall clock of run(), 3 timed calls a picture and plan, after 1 untimed a plan and picture size" in by_plan
     lines = format_report(score).splitlines()
     assert lines[0].split()[:4] == ["picture", "latency", "ms", "PD"]
     assert [line.split()[0] for line in lines[2:4]] == ["bird_1.jpg", "bird_2.png"]

@@ -117,6 +117,15 @@ class _Place:
         folder.mkdir(parents=True, exist_ok=True)
         save_calibration(_calibration(**changes), folder / f"{len(list(folder.iterdir()))}.json")
 
+    def ship(self, *counts: int, **changes: Any) -> None:
+        """A shipped calibration of so many evaluations."""
+        (self.folder / "models").mkdir()
+        points = tuple(
+            Point("subset", early_indices(20, n), (), False, {"pixel_mean_abs": Spread(20.0 - n, 30.0)}) for n in counts
+        )
+        shipped = dataclasses.replace(_calibration(), points=points, cases=48, **changes)
+        save_calibration(shipped, self.folder / "models" / "some_sampler.json")
+
     def planner(self, speed: str, precision: str = "fp32") -> Planner:
         config = dataclasses.replace(small_config(), name="some", folder=str(self.folder / "models"))
         weights = Weights(None, config.seed, "0123")
@@ -166,10 +175,46 @@ def test_a_budget_takes_the_fewest_evaluations_within_it(place: _Place, speed: s
     assert str(plan).endswith(f"for {speed}")
 
 
-def test_a_budget_in_what_was_not_measured_is_refused(place: _Place) -> None:
+def test_the_shipped_calibration_has_what_the_own_one_lacks(place: _Place) -> None:
     place.add()
-    with pytest.raises(CalibrationError, match="pd was not measured.* there are pixel_mean_abs, latent_relative_error"):
-        place.planner("pd:3").plan(Request(""))
+    place.ship(4, 5, 7)
+    cases = {number: place.planner(number).plan(Request("")) for number in "4567"}
+    origins = [re.sub(".* (on [0-9]+ cases) .*", r"\1", str(plan)) for plan in cases.values()]
+    assert origins == ["on 48 cases", "on 32 cases", "on 32 cases", "on 48 cases"], "the own before the shipped one"
+    assert _same(cases["5"], calibrated_plan(SCHEDULE, 20, FIVE, MOVES))
+    assert str(place.planner("8").plan(Request(""))).endswith("not calibrated, as only 4, 5, 6, 7 are")
+    found = place.planner("exact").choices(Request(""))
+    assert [str(plan) for plan in found[:-1]] == [str(plan) for plan in cases.values()]
+    for budget, count in ((16, 4), (13, 5), (8.9, 6), (3.9, 20)):
+        assert len(place.planner(f"pixel_mean_abs:{budget}").plan(Request("")).indices) == count
+    # Only the own one was measured so, and a number that was not is none to choose.
+    assert len(place.planner("latent_relative_error:1").plan(Request("")).indices) == 5
+
+
+def test_few_cases_and_other_pictures_stand_in_the_plan(place: _Place) -> None:
+    place.ship(4, made={"height": 128, "width": 192})
+    said = "calibrated on pictures of shorter side 128 but run at 256"
+    planner = place.planner("4")
+    assert str(planner.plan(Request("", image_resolution=256))).endswith(said)
+    assert "but run" not in str(planner.plan(Request("", image_resolution=128))), "the size is part of what is kept"
+    assert "but run" not in str(planner.plan(Request("", image_resolution=140))), "it becomes 128"
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_budget_never_goes_below_the_least_number(place: _Place, count: int) -> None:
+    place.ship(count, 6)
+    plan = place.planner("pixel_mean_abs:500").plan(Request(""))
+    assert len(plan.indices) == 6 and [len(p.indices) for p in place.planner("exact").choices(Request(""))] == [6, 20]
+
+
+@pytest.mark.parametrize(("speed", "file"), [("pd:3", "pt_inception-2015-12-05-6726825d.pth"), ("lpips:1", "alexnet")])
+def test_a_budget_in_what_was_not_measured_says_how_to_have_it(place: _Place, speed: str, file: str) -> None:
+    place.add()
+    measure = speed.partition(":")[0]
+    told = f"speed {speed}: {measure} was not measured.* there are pixel_mean_abs, latent_relative_error"
+    command = f"run: python3 tools/calibrate_sampler.py .*--guidance 9 --build-dir {re.escape(str(place.folder))}$"
+    with pytest.raises(CalibrationError, match=f"{told}.*models/metrics/{file}.*{command}"):
+        place.planner(speed).plan(Request(""))
 
 
 @pytest.mark.parametrize(
@@ -397,7 +442,20 @@ def test_table_of_speeds(tmp_path: Path) -> None:
     plain = speeds_json(rows, comparer.not_measured, request, {"speed": "table"})
     json.dumps(plain, allow_nan=False)
     assert plain["rows"][0]["score_estimate"] == pytest.approx(score)
+    assert [row["score_in_fitted_span"] for row in plain["rows"]] == [True, True]
     assert plain["rows"][1]["pictures"][0]["psnr_db"] == "inf"
+
+
+def test_estimates_outside_the_fitted_span_are_marked() -> None:
+    latencies = {167.9: False, 168.0: True, 633.0: True, 634.0: False}
+    rows = [SpeedRow(k, "some", [ms], [{"pd": 7.0}]) for k, ms in enumerate(latencies)]
+    lines = format_speeds(rows, {}).splitlines()
+    assert [not line.endswith("  outside the fitted span") for line in lines[2:6]] == list(latencies.values())
+    assert lines[-1].endswith("with 0 evaluations, outside the fitted span.")
+    assert "span 168 to 633 ms" in lines[-2]
+    assert format_speeds(rows[1:], {}).splitlines()[-1].endswith("with 1 evaluations.")
+    plain = speeds_json(rows, {}, Request(""), {})
+    assert [row["score_in_fitted_span"] for row in plain["rows"]] == list(latencies.values())
 
 
 def test_without_pd_there_is_no_estimate() -> None:

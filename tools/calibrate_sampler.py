@@ -9,20 +9,22 @@ Records the full schedule's trajectories of some pictures, prompts and seeds, se
 how each evaluation moves the latent on half of the cases, and measures the result on the other half: by PD where its
 weights are here, else by the image's mean error. A run that was stopped goes on where it was. With --batched plain
 PyTorch evaluates many cases at a time in place of the deployed backend, which is far quicker where one picture does not
-fill the GPU; the file says so.
+fill the GPU; the file says so. A file of the same cases keeps the numbers of evaluations that are not made anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import hashlib
+import json
 import math
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # run as a file, Python's path begins with tools/
@@ -35,13 +37,18 @@ if __name__ == "__main__":
 
 import numpy as np  # noqa: E402
 
+from compute_score import build_folder  # noqa: E402
 from sampling.calibration import (  # noqa: E402
     BUDGET_MEASURES,
+    FEWEST_EVALUATIONS,
     HIGHER_IS_BETTER,
     Calibration,
+    CalibrationError,
     Setting,
     Spread,
     calibration_folder,
+    load_calibration,
+    refusals,
     save_calibration,
 )
 from sampling.fit import KINDS  # noqa: E402
@@ -49,6 +56,8 @@ from sampling.search import Effort  # noqa: E402
 from sampling.stages import Found, Stages, selected  # noqa: E402
 from sampling.trajectory import Levels  # noqa: E402
 
+# Room for a file of some hundred cases' names and a few dozen plans.
+FILE_BYTES = 1 << 20
 # Room for the recorded trajectories of some hundred cases.
 STATE_BYTES = 512 << 20
 FIRST_SEED = 7_100_000
@@ -100,8 +109,10 @@ def parse_counts(text: str) -> Tuple[int, ...]:
             counts |= set(range(int(first), int(last if dash else first) + 1))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a range as 4-12 nor a list as 7,8,10") from None
-    if not counts or min(counts) < 2:
-        raise argparse.ArgumentTypeError(f"{text!r}: 2 evaluations or more can be calibrated")
+    if not counts or min(counts) < FEWEST_EVALUATIONS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: {FEWEST_EVALUATIONS} evaluations or more can be calibrated, as fewer always run as plain DDIM"
+        )
     return tuple(sorted(counts))
 
 
@@ -114,7 +125,9 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add("--backend", help="such as onnxruntime or torch; default: the first that can run here")
     add("--precision", help="such as fp32 or fp16; default: the backend's own")
     add("--device", help="such as cpu or cuda:1; default: the backend's own")
-    add("--build-dir", type=Path, default=ROOT / "build", metavar="DIR", help="default: build")
+    add(
+        "--build-dir", type=Path, default=build_folder(), metavar="DIR", help="default: HACKATHON_BUILD_DIR, else build"
+    )
     add("--height", type=int, default=256)
     add("--width", type=int, default=384)
     add("--evaluations", type=parse_counts, default=parse_counts("4-12"), metavar="N-M", help="default: 4-12")
@@ -230,11 +243,9 @@ class Deployed:
         from deploy.spec import Build
         from runtime.backends import BackendError, choose_backend
         from runtime.choose import choose_model
-        from runtime.evaluator import StepEvaluator
 
         config = choose_model(args.model, args.checkpoint)
         weights = find_weights(config, args.checkpoint, args.random_weights, args.build_dir / ".hashes.json")
-        tokenizer = Tokenizer(config)
         self.backend, reason = choose_backend(
             args.backend, args.device, weights, lambda: load_model(config, weights), args.build_dir, True, say
         )
@@ -247,17 +258,19 @@ class Deployed:
         build = Build(config, args.height, args.width, 1, precision)
         self.shape = build.latent_shape
         say(f"model {config.name} ({weights}), {self.backend.name} on {self.backend.device} in {precision} ({reason})")
-        self._sessions = self.backend.sessions(build)
-        self.evaluator = StepEvaluator(build, self._sessions, tokenizer, self.backend.device)
+        self._build, self._tokenizer = build, Tokenizer(config)
+        self._sessions: Mapping[str, Any] = {}
+        self.evaluator: Any = None  # made with the sessions
         self._conditions: List[Any] = []
 
     def prepare(self, cases: Sequence[Case], args: argparse.Namespace) -> np.ndarray:
-        """Run text and hint of all cases; their first latents, (K, D) float32."""
-        import dataclasses
-
+        """Make the graphs ready and run text and hint of all cases; their first latents, (K, D) float32."""
         from cldm.noise import draw_noise
+        from runtime.evaluator import StepEvaluator
         from scoring.runner import CONTEST_REQUEST
 
+        self._sessions = self.backend.sessions(self._build)
+        self.evaluator = StepEvaluator(self._build, self._sessions, self._tokenizer, self.backend.device)
         initial = []
         for case in cases:
             request = dataclasses.replace(
@@ -284,7 +297,8 @@ class Deployed:
         return [self.evaluator.decode(latent.reshape(self.shape[1:])) for latent in latents]
 
     def close(self) -> None:
-        self.evaluator.close()
+        if self.evaluator is not None:
+            self.evaluator.close()
         for session in self._sessions.values():
             session.close()
         self.backend.close()
@@ -373,25 +387,41 @@ class ImageMeasure:
 def calibrate(args: argparse.Namespace) -> Tuple[Calibration, Path]:
     """Everything, from the checks to the finished calibration and where it belongs."""
     from cldm.files import require_room
+    from deploy.spec import Build
     from runtime.choose import choose_model
     from scoring.measures import load_comparer
 
     started = time.perf_counter()
-    cases = make_cases(args, choose_model(args.model, args.checkpoint).name)
-    comparer = load_comparer()
+    config = choose_model(args.model, args.checkpoint)
+    Build(config, args.height, args.width)  # refuses sizes that the model cannot take, whoever evaluates it
     folder = calibration_folder(args.build_dir)
+    if args.output is not None:
+        check_output(args.output)
     require_room(folder / "state", STATE_BYTES)
+    cases = make_cases(args, config.name)
+    comparer = load_comparer()
+    by = next(key for key in BUDGET_MEASURES if key not in comparer.not_measured)
     networks = Batched(args) if args.batched else Deployed(args)
     try:
+        path = args.output or folder / networks.setting.file_name
+        kept = kept_calibration(path, networks.setting, cases, by, args)
         found = search(networks, cases, comparer, folder / "state", args, started)
     finally:
         networks.close()
     if not found:
         raise ValueError(f"{args.seconds:g} s were too short for a single plan; the same command goes on from here")
-    by = next(key for key in BUDGET_MEASURES if key in found[0].errors)
-    made = {
+    fitted = len(cases) - len(cases) // 2
+    made = how_made(found, cases, args)
+    calibration = Calibration(networks.setting, fitted, tuple(selected(found, by)), by, made)
+    return (calibration if kept is None else merged(calibration, kept)), path
+
+
+def how_made(found: Sequence[Found], cases: Sequence[Case], args: argparse.Namespace) -> Dict[str, Any]:
+    """`Calibration.made`."""
+    return {
         "date": datetime.date.today().isoformat(),
         "cases": sorted({case.name for case in cases}),
+        "cases_digest": cases_digest(cases),
         "seeds": [cases[0].seed, cases[-1].seed],
         "held_out": len(cases) // 2,
         "batched": args.batched,
@@ -404,9 +434,81 @@ def calibrate(args: argparse.Namespace) -> Tuple[Calibration, Path]:
         "trials": args.trials,
         "polish": args.polish,
     }
-    fitted = len(cases) - len(cases) // 2
-    calibration = Calibration(networks.setting, fitted, tuple(selected(found, by)), by, made)
-    return calibration, args.output or folder / networks.setting.file_name
+
+
+def cases_digest(cases: Sequence[Case]) -> str:
+    """Hash of all pictures' pixels, names, prompts and seeds in their order."""
+    return hashlib.sha256(json.dumps([case.describe() for case in cases]).encode()).hexdigest()[:16]
+
+
+def check_output(path: Path) -> None:
+    """Raise OSError or ValueError where --output could not be written, or would overwrite what is no calibration."""
+    from cldm.files import require_room
+
+    if path.is_dir():
+        raise IsADirectoryError(f"--output {path} is a folder; name a file, such as {path / 'mine.json'}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--output {path}: there is no folder {path.parent}; make it, or name another")
+    require_room(path.parent, FILE_BYTES)
+    if path.exists():
+        try:
+            load_calibration(path)
+        except CalibrationError as error:
+            raise ValueError(
+                f"--output would overwrite what is no calibration: {error}, or name another file"
+            ) from None
+
+
+def kept_calibration(
+    path: Path, setting: Setting, cases: Sequence[Case], by: str, args: argparse.Namespace
+) -> Optional[Calibration]:
+    """The calibration in a file that is about to be written, where what it has can be kept beside what will be made.
+
+    Otherwise None, with a line on why the file will be replaced, where there is one.
+    """
+    if not path.is_file():
+        return None
+    try:
+        found = load_calibration(path)
+    except CalibrationError as error:
+        say(f"{path} will be replaced: {error}")
+        return None
+    other = refusals(found.setting, setting)
+    if found.setting != setting and not other:
+        other.append("backend, precision or guidance scale is another")
+    if found.made.get("cases_digest") != cases_digest(cases):
+        other.append(f"it is of other cases ({found.cases} fitted)")
+    if found.made.get("batched") != args.batched:
+        other.append(f"it was made {'with' if found.made.get('batched') else 'without'} --batched")
+    if found.selected_by != by:
+        other.append(f"its plans were selected by {found.selected_by}, these are by {by}")
+    counts = ", ".join(map(str, found.counts))
+    if other:
+        say(f"{path} with {counts} evaluations will be replaced: {'; '.join(other)}. To keep both give --output FILE")
+        return None
+    for stays, fate in ((True, "kept"), (False, "made anew")):
+        some = [str(count) for count in found.counts if (count not in args.evaluations) == stays]
+        if some:
+            say(f"{path} is of these cases: its plans of {', '.join(some)} evaluations will be {fate}")
+    return found
+
+
+def merged(new: Calibration, old: Calibration) -> Calibration:
+    """A calibration, and of another one of the same cases the numbers of evaluations that it lacks.
+
+    `made` tells of the new one; under "kept" it says when, and with what effort, the others were made.
+    """
+    stay = [count for count in old.counts if count not in new.counts]
+    effort = {key: old.made.get(key) for key in ("date", "starts", "trials", "polish")}
+    earlier = old.made.get("kept", {})
+    fitted = {key: error for key, error in old.made["fitted"].items() if int(key.split()[0]) in stay}
+    made = {
+        **new.made,
+        "fitted": {**fitted, **new.made["fitted"]},
+        "kept": {str(count): earlier.get(str(count), effort) for count in stay},
+    }
+    points = sorted([*new.points, *(p for p in old.points if p.evaluations in stay)], key=lambda p: p.evaluations)
+    return dataclasses.replace(new, points=tuple(points), made=made)
 
 
 def search(
@@ -449,7 +551,7 @@ def format_table(calibration: Calibration) -> str:
     """Evaluations by kinds: mean of the selecting measure and of the latent's error; the chosen kind is starred."""
     by = calibration.selected_by
     keys = [by] + [key for key in ("latent_relative_error", "psnr_db", "lpips") if key != by]
-    keys = [key for key in keys if key in calibration.points[0].errors]
+    keys = [key for key in keys if all(key in point.errors for point in calibration.points)]
     lines = ["  ".join(["evaluations", f"{'kind':22}", *(f"{key:>21}" for key in keys), "indices"])]
     for point in sorted(calibration.points, key=lambda p: p.evaluations):
         star = "*" if point is calibration.point(point.evaluations) else " "

@@ -323,12 +323,13 @@ def check_fused(place: Place) -> List[Row]:
 
 def check_calibration(place: Place) -> Row:
     """What fewer evaluations than asked for are chosen by; exact sampling needs none."""
-    from sampling.calibration import CalibrationError, find_calibration
+    from sampling.calibration import CalibrationError, Running, by_count, find_calibrations
 
+    weights = place.weights(place.config)
     try:
-        found = find_calibration(place.config, place.weights(place.config), place.folder)
+        found = find_calibrations(place.config, weights, place.folder, Running(place.config.name, weights.digest))
     except CalibrationError as error:
         reason, _, command = first_line(error).partition(". Make one with: ")
         return Row("calibration", MISSING, f"{reason}; only --speed needs it", command)
-    counts = ", ".join(map(str, found.counts))
-    return Row("calibration", OK, f"of {found.setting.num_steps} steps, for {counts} evaluations")
+    counts = ", ".join(map(str, by_count(found)))
+    return Row("calibration", OK, f"of {found[0].setting.num_steps} steps, for {counts} evaluations")

@@ -15,6 +15,11 @@ SUFFIXES = (".safetensors", ".pth", ".ckpt", ".pt")
 # images among it, then counts as made of other weights.
 RANDOM_WEIGHTS_VERSION = 2
 
+# Of the networks that images are compared by: where they are looked for first, and their files' names.
+METRICS_DIR = Path(__file__).resolve().parent.parent / "models" / "metrics"
+INCEPTION_WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
+ALEXNET_WEIGHTS = "alexnet-owt-7be5be79.pth"
+
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged, or belongs to another model."""

@@ -24,7 +24,7 @@ from typing import Callable, Dict, List, Optional, Tuple, Union
 from cldm.config import ModelConfig
 from cldm.image import target_size
 from cldm.request import MAX_STEPS, Request
-from cldm.weights import Weights
+from cldm.weights import ALEXNET_WEIGHTS, INCEPTION_WEIGHTS, METRICS_DIR, Weights
 from ldm.plans import SamplingPlan, exact_plan, subset_plan
 from sampling.calibration import (
     BUDGET_MEASURES,
@@ -291,9 +291,5 @@ def _shorter_side(request: Request) -> int:
 
 def _weights_of_measure(measure: str) -> str:
     """What a measure's network needs on this machine, as the beginning of a sentence; nothing for one without any."""
-    from scoring.backbones import METRICS_DIR
-    from scoring.lpips_distance import ALEXNET_WEIGHTS
-    from scoring.pd import INCEPTION_WEIGHTS
-
     name = {"pd": INCEPTION_WEIGHTS, "lpips": ALEXNET_WEIGHTS}.get(measure)
     return "" if name is None else f"see that its weights are at {METRICS_DIR / name}, and "

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import List, Optional, Sequence
 
 from cldm.files import sha256
-
-METRICS_DIR = Path(__file__).resolve().parent.parent / "models" / "metrics"
+from cldm.weights import METRICS_DIR
 
 
 class NotMeasured(Exception):

@@ -8,8 +8,6 @@ from typing import Any, Union
 
 import numpy as np
 
-ALEXNET_WEIGHTS = "alexnet-owt-7be5be79.pth"
-
 
 class LpipsDistance:
     """The lpips package's distance, on the CPU, with the backbone's weights read from a local file.

@@ -9,10 +9,11 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
+from cldm.weights import ALEXNET_WEIGHTS, INCEPTION_WEIGHTS
 from scoring.backbones import NotMeasured, find_backbone
-from scoring.lpips_distance import ALEXNET_WEIGHTS, LpipsDistance
+from scoring.lpips_distance import LpipsDistance
 from scoring.metrics import error_stats, psnr, ssim
-from scoring.pd import INCEPTION_WEIGHTS, PerceptualDistance
+from scoring.pd import PerceptualDistance
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from typing import Any, Dict, Iterator, Union
 
 import numpy as np
 
-INCEPTION_WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 PD_LIMIT = 12.0
 
 

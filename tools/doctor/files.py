@@ -289,8 +289,7 @@ def check_metric(name: str, file: str, package: str) -> Row:
 
 
 def check_metrics() -> List[Row]:
-    from scoring.lpips_distance import ALEXNET_WEIGHTS
-    from scoring.pd import INCEPTION_WEIGHTS
+    from cldm.weights import ALEXNET_WEIGHTS, INCEPTION_WEIGHTS
 
     return [
         check_metric("PD", INCEPTION_WEIGHTS, "pytorch_fid"),

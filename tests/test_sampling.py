@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -586,9 +587,9 @@ def test_the_command_names_the_build_folder_where_it_is_not_the_default(
     default = Path(__file__).resolve().parent.parent / "build"
     monkeypatch.delenv("HACKATHON_BUILD_DIR", raising=False)
     assert "--build-dir" not in calibrate_command(config, weights, default, SETTING)
-    assert calibrate_command(config, weights, tmp_path, SETTING).endswith(f" --build-dir {tmp_path}")
+    assert calibrate_command(config, weights, tmp_path, SETTING).endswith(f" --build-dir {shlex.quote(str(tmp_path))}")
     monkeypatch.setenv("HACKATHON_BUILD_DIR", str(tmp_path))
-    assert calibrate_command(config, weights, default, SETTING).endswith(f" --build-dir {default}")
+    assert calibrate_command(config, weights, default, SETTING).endswith(f" --build-dir {shlex.quote(str(default))}")
 
 
 def test_calibrations_are_taken_count_by_count(tmp_path: Path) -> None:

@@ -96,15 +96,20 @@ def test_small_products(name: str, card: Card) -> None:
         check_product(operands, runs[i % 2], chosen)
 
 
-@pytest.mark.parametrize("name", LARGE)
-def test_large_products(name: str, card: Card) -> None:
-    case = LARGE[name]
-    operands, offered = Operands(case, "cuda"), candidates(case.problem(), card)
+def check_tiles(operands: Operands, offered: List[Config], card: Card) -> None:
+    """Some of both kernels' configurations, with and without programmatic launch."""
     plain, boxes = ([config for config in offered if bool(config.bx) == kind] for kind in (False, True))
     runs = [Fused(Tuning(card), pdl=pdl) for pdl in ((False, True) if card.capability >= 90 else (False, False))]
     for kind in (plain, boxes):
         for i, config in enumerate(kind[:: max(1, len(kind) // 4)]):
             check_product(operands, runs[i % 2], config)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_products(name: str, card: Card) -> None:
+    case = LARGE[name]
+    operands, offered = Operands(case, "cuda"), candidates(case.problem(), card)
+    check_tiles(operands, offered, card)
 
 
 @pytest.mark.parametrize("name", LARGE)
@@ -115,12 +120,8 @@ def test_large_products_in_fp8(name: str, card: Card) -> None:
     if not worthwhile(case.n, case.cin, case.taps, case.tail):
         pytest.skip("too small a layer, or one whose blocks have a rest")
     operands, offered = Operands(case, "cuda"), candidates(case.problem(), card)
-    plain, boxes = ([config for config in offered if bool(config.bx) == kind] for kind in (False, True))
-    runs = [Fused(Tuning(card), pdl=pdl) for pdl in ((False, True) if card.capability >= 90 else (False, False))]
-    for kind in (plain, boxes):
-        for i, config in enumerate(kind[:: max(1, len(kind) // 4)]):
-            check_product(operands, runs[i % 2], config)
-    assert 2e-3 < operands.run(runs[0], offered[0])["before rounding"] < FP8_ERROR
+    check_tiles(operands, offered, card)
+    assert 2e-3 < operands.run(Fused(Tuning(card)), offered[0])["before rounding"] < FP8_ERROR
 
 
 @pytest.mark.parametrize("name", ["linear, two nets", "gated", "conv with a tail, 3 parts", "up", "scale by image"])

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import os
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from cldm.config import ModelConfig
 from deploy.spec import PRECISIONS, Build, GraphSpec, graph_specs
@@ -169,15 +169,9 @@ class FusedNetworks:
         """Milliseconds of the candidates of the wanted problems, each alone, the fastest first."""
         from runtime.fused.tune import tune
 
-        runs = (self.run, self.run_apart)
-        for run in runs:
-            run.asked.clear()
-            run.asked_attention.clear()
-            run.uses.clear()
-        for name, network in self._launching():
-            network(_meta(specs[name].inputs), _meta(specs[name].outputs))
+        self._ask([(network, specs[name]) for name, network in self._launching()])
         found: Dict[str, Dict[Tuple[int, ...], float]] = {}
-        for run in runs:
+        for run in (self.run, self.run_apart):
             problems = {problem: shape for problem, shape in run.asked.items() if wanted(problem.key())}
             attentions = [problem for problem in run.asked_attention if wanted(problem.key())]
             if problems or attentions:
@@ -209,7 +203,7 @@ class FusedNetworks:
         weights = {key: uses[key] * next(iter(times.values())) for key, times in found.items()}
         table.update({key: list(configs[0]) for key, configs in ranked.items()})
         for name, network in self._launching():
-            asked = self._keys_of(network, specs[name])
+            asked = self._ask([(network, specs[name])])
             inputs, outputs = _random(specs[name].inputs, self._device), _zeros(specs[name].outputs, self._device)
             with torch.no_grad():
                 refine(
@@ -223,12 +217,15 @@ class FusedNetworks:
                 )
         self._write(path)
 
-    def _keys_of(self, network: Any, spec: GraphSpec) -> List[str]:
-        """The problems of one network."""
+    def _ask(self, networks: Sequence[Tuple[Any, GraphSpec]]) -> List[str]:
+        """Let `run` and `run_apart` note the problems of these networks and no others; their keys."""
         runs = (self.run, self.run_apart)
         for run in runs:
+            run.asked.clear()
+            run.asked_attention.clear()
             run.uses.clear()
-        network(_meta(spec.inputs), _meta(spec.outputs))
+        for network, spec in networks:
+            network(_meta(spec.inputs), _meta(spec.outputs))
         return [key for run in runs for key in run.uses]
 
     def _write(self, path: Path) -> None:

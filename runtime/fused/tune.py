@@ -116,15 +116,7 @@ class Bench:
         with torch.cuda.graph(graph):
             for launch in launches:
                 launch()
-        times = []
-        for _ in range(REPLAYS):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end))
-        return min(times[1:]) / len(launches)
+        return min(_replay_times(graph, REPLAYS)[1:]) / len(launches)
 
 
 class _Question:
@@ -277,15 +269,21 @@ def _network_time(enqueue: Callable[[], None]) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         enqueue()
+    times = sorted(_replay_times(graph, NETWORK_REPLAYS)[2:])
+    return times[len(times) // 2]
+
+
+def _replay_times(graph: torch.cuda.CUDAGraph, count: int) -> List[float]:
+    """Milliseconds of each of some replays, one after the other."""
     times = []
-    for _ in range(NETWORK_REPLAYS):
+    for _ in range(count):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         graph.replay()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end))
-    return sorted(times[2:])[len(times[2:]) // 2]
+    return times
 
 
 def _time_or_none(enqueue: Callable[[], None]) -> Optional[float]:

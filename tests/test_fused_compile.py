@@ -256,7 +256,12 @@ def boxed(call: Call, *numbers: int) -> Call:
     return chosen
 
 
+def strided(run: Fused) -> None:
+    run.matmul(maps(2, 2, 16, 24, 640), weights(2, 640, 9 * 640, taps=9, stride=2))
+
+
 BOXES = {
+    "strided": boxed(strided, 64, 128, 64, 4, 6, 4, 8, 4),
     "conv": boxed(conv, 128, 128, 64, 8, 6, 1, 8, 16),
     "conv, wide": boxed(conv, 128, 256, 64, 8, 3, 1, 16, 8),
     "conv with tail, cut": boxed(conv_with_tail, 64, 128, 64, 4, 6, 2, 8, 4),
@@ -309,6 +314,25 @@ def test_boxes(compiled: Callable[..., List[Compiled]], name: str) -> None:
     operands, _, results = found.ptx.rpartition("wgmma.mma_async.sync")
     assert "ldmatrix" not in operands, "operands go through registers"
     assert "st.global.v4" in results or "st.global.L1::no_allocate.v4" in results, "narrow stores"
+
+
+COLUMNS = {
+    "conv": boxed(conv, 128, 64, 64, 4, 4, 1, 16, 8, 3),
+    "conv, wide": boxed(conv, 256, 128, 64, 8, 4, 1, 16, 8, 3),
+    "conv with tail, cut": boxed(conv_with_tail, 64, 128, 64, 4, 8, 2, 4, 8, 3),
+    "up": boxed(up_conv, 128, 128, 64, 8, 6, 1, 16, 8, 3),
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_columns(compiled: Callable[..., List[Compiled]], name: str) -> None:
+    """A box for the taps of a column, read where it lies."""
+    pytest.importorskip("triton.experimental.gluon")
+    (found,) = compiled(90, COLUMNS[name])
+    check(found, 90)
+    assert found.kernel.metadata.name == "column_conv_kernel"
+    assert "wgmma.mma_async.sync" in found.ptx and "cp.async.bulk.tensor.5d" in found.ptx
+    assert "ldmatrix" not in found.ptx.rpartition("wgmma.mma_async.sync")[0], "operands go through registers"
 
 
 def test_configurations_of_attention_fit_what_they_say(compiled: Callable[..., List[Compiled]]) -> None:

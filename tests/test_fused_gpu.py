@@ -63,11 +63,16 @@ def boxed(case: Matmul, splits: int, card: Card) -> List[Config]:
     problem = case.problem()
     # TMA's rows are whole multiples of 16 bytes: 8 numbers, and 16 of FP8 weights.
     aligned = all(number % 8 == 0 for number in (case.cin, case.tail, case.margin))
-    if not card.boxes or case.stride > 1 or case.cin < 32 or not aligned:
+    if not card.boxes or case.cin < 32 or not aligned or (case.stride > 1 and case.cin % 64):
         return []
     bk = 64 if case.cin >= 64 else 32
     shapes = ((64, 32, 4, 3), (128, 64, 4, 4))
     made = [Config(bm, bn, bk, warps, stages, splits, *box(problem, bm)) for bm, bn, warps, stages in shapes]
+    # And of the one whose taps share boxes, with tiles of one image and of two.
+    made += [
+        Config(bm, bn, bk, warps, stages, splits, by, 8, boxes)
+        for bm, bn, warps, stages, by, boxes in ((64, 64, 4, 3, 8, 2), (64, 128, 4, 4, 4, 3), (128, 64, 8, 4, 16, 1))
+    ]
     return [config for config in made if fits(problem, config, card)]
 
 

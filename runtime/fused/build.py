@@ -202,14 +202,15 @@ class FusedNetworks:
         ranked = {key: list(times)[:REFINED] for key, times in found.items()}
         weights = {key: uses[key] * next(iter(times.values())) for key, times in found.items()}
         table.update({key: list(configs[0]) for key, configs in ranked.items()})
-        for name, network in self._launching():
+        # A problem that several networks have is chosen for the step, which runs the most often.
+        for name, network in sorted(self._launching(), key=lambda pair: pair[0] != "step"):
             asked = self._ask([(network, specs[name])])
             inputs, outputs = _random(specs[name].inputs, self._device), _zeros(specs[name].outputs, self._device)
             with torch.no_grad():
                 refine(
                     (self.run, self.run_apart),
                     lambda network=network, inputs=inputs, outputs=outputs: network(inputs, outputs),
-                    {key: ranked[key] for key in asked if key in ranked},
+                    {key: ranked.pop(key) for key in asked if key in ranked},
                     weights,
                     self._device,
                     self._report,

@@ -39,8 +39,8 @@ def _load_weights(
 
 @gluon.jit
 def _load_pixels(
-    k, slot, x, tail, x_net, b0, y0, x0, phase, blocks, a_slots, bars, TAPS: gl.constexpr, HAS_TAIL: gl.constexpr,
-    BK: gl.constexpr,
+    k, slot, x, tail, x_net, b0, y0, x0, phase, cin, blocks, a_slots, bars, TAPS: gl.constexpr, STRIDE: gl.constexpr,
+    HAS_TAIL: gl.constexpr, BK: gl.constexpr,
 ):  # fmt: skip
     """The same of the pixels: the tile's box, moved by the block's tap."""
     bar = bars.index(slot)
@@ -56,13 +56,88 @@ def _load_pixels(
         dy = 0
         dx = 0
     c = (k - tap * blocks) * BK
-    if HAS_TAIL:
+    if STRIDE == 2:
+        # Of every second pixel: the odd ones are half a row, and an odd pixel's channels a pixel's, further on. The
+        # first tap's row is the odd one above.
+        odd_y = dy & 1
+        row = y0 - (dy < 0).to(gl.int32)
+        column = x0 - (dx < 0).to(gl.int32)
+        tma.async_copy_global_to_shared(x, [b0, row, odd_y, column, (dx & 1) * cin + c], bar, a)
+    elif HAS_TAIL:
         if tap < TAPS:
             tma.async_copy_global_to_shared(x, [x_net, b0, y0 + dy, x0 + dx, c], bar, a)
         else:
             tma.async_copy_global_to_shared(tail, [x_net, b0, y0, x0, (k - TAPS * blocks) * BK], bar, a)
     else:
         tma.async_copy_global_to_shared(x, [x_net, b0, y0 + dy, x0 + dx, c], bar, a)
+
+
+@gluon.constexpr_function
+def rows_layout(BN, num_warps):
+    """Of a tile in the registers: eight neighbouring channels a thread, for accesses of 16 bytes."""
+    lanes = min(BN // 8, 32)
+    return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [num_warps, 1], [1, 0])
+
+
+@gluon.jit
+def finish(
+    acc, gate, image, oy, ox, n0, tile, split, net, bias, shift, residual, scale, out, partials, counters, steps,
+    images, N, OH, OW, ldr, ldo, bias_net, shift_net, residual_net, residual_rows, out_net, scale_step, scale_rows,
+    splits, TAPS: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_SHIFT: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
+    HAS_SCALE: gl.constexpr, ACT: gl.constexpr, GATED: gl.constexpr, FP8: gl.constexpr, SPLIT: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """Adds up a cut sum's parts, applies the epilogue and stores; row r of the tile is a pixel of an image."""
+    flat: gl.constexpr = rows_layout(BN, num_warps)
+    acc = gl.convert_layout(acc, flat)
+    cols = n0 + gl.arange(0, BN, layout=gl.SliceLayout(0, flat))
+    inside_n = cols < N
+    inside_m = (image < images) & (oy < OH) & (ox < OW)
+    inside = inside_m[:, None] & inside_n[None, :]
+    rows = (image * OH + oy) * OW + ox
+    far = net.to(gl.int64)
+
+    done = True
+    if SPLIT:
+        tiles = gl.num_programs(0)
+        whole = far * tiles + tile
+        r = gl.arange(0, BM, layout=gl.SliceLayout(1, flat))
+        spot = r[:, None] * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, flat))[None, :]
+        gl.store(partials + (whole * splits + split) * (BM * BN) + spot, acc)
+        gl.thread_barrier()
+        arrived = gl.atomic_add(counters + whole, 1, sem="acq_rel", scope="gpu")
+        done = arrived == splits - 1
+        if done:
+            gl.thread_barrier()
+            acc = gl.zeros((BM, BN), gl.float32, layout=flat)
+            for part in range(splits):
+                acc += gl.load(partials + (whole * splits + part) * (BM * BN) + spot, cache_modifier=".cg")
+            gl.store(counters + whole, 0)
+    if done:
+        if FP8:
+            steps += far * (2 * N if GATED else N)
+            acc *= gl.load(steps + cols, mask=inside_n, other=0.0)[None, :]
+        if HAS_BIAS:
+            acc += gl.load(bias + far * bias_net + cols, mask=inside_n, other=0.0).to(gl.float32)[None, :]
+        if GATED:
+            gates = gl.convert_layout(gate, flat)
+            if FP8:
+                gates *= gl.load(steps + N + cols, mask=inside_n, other=0.0)[None, :]
+            if HAS_BIAS:
+                gates += gl.load(bias + far * bias_net + N + cols, mask=inside_n, other=0.0).to(gl.float32)[None, :]
+            acc = acc * activate(gates, "gelu")
+        if HAS_SHIFT:
+            acc += gl.load(shift + far * shift_net + cols, mask=inside_n, other=0.0).to(gl.float32)[None, :]
+        acc = activate(acc, ACT)
+        if HAS_SCALE:
+            factors = gl.load(scale + rows // scale_rows * scale_step, mask=inside_m, other=0.0)
+            acc *= factors.to(gl.float32)[:, None]
+        if HAS_RESIDUAL:
+            spots = residual + far * residual_net + (rows % residual_rows)[:, None] * ldr + cols[None, :]
+            acc += gl.load(spots, mask=inside, other=0.0).to(gl.float32)
+        if TAPS == 4:
+            rows = ((image * OH + oy) * 2 + net // 2) * (2 * OW) + ox * 2 + net % 2
+        gl.store(out + far * out_net + rows[:, None] * ldo + cols[None, :], acc.to(out.dtype.element_ty), mask=inside)
 
 
 @gluon.jit(
@@ -112,6 +187,7 @@ def tma_matmul_kernel(
     factor,
     tail_factor,
     TAPS: gl.constexpr,
+    STRIDE: gl.constexpr,
     HAS_TAIL: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     HAS_SHIFT: gl.constexpr,
@@ -131,7 +207,10 @@ def tma_matmul_kernel(
     PDL: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """What `kernels.matmul_kernel` computes, for stride 1; x (nets, B, H, W, C), w (nets, rows, K) as descriptors."""
+    """What `kernels.matmul_kernel` computes; x (nets, B, H, W, C), w (nets, rows, K) as descriptors.
+
+    With STRIDE 2 x is (nets B, H / 2, 2, W / 2, 2 C).
+    """
     BM: gl.constexpr = BB * BY * BX
     tiles_x = gl.cdiv(OW, BX)
     tiles_y = gl.cdiv(OH, BY)
@@ -145,6 +224,9 @@ def tma_matmul_kernel(
     y0 = (tile_m // tiles_x % tiles_y) * BY
     b0 = (tile_m // (tiles_x * tiles_y)) * BB
     x_net = 0 if TAPS == 4 else net
+    b_x = b0
+    if STRIDE == 2:
+        b_x += net * images
     total = TAPS * blocks + tail_blocks
     first = 0
     last = total
@@ -176,7 +258,9 @@ def tma_matmul_kernel(
         gdc_wait()
     for i in gl.static_range(STAGES - 1):
         if first + i < last:
-            _load_pixels(first + i, i, x, tail, x_net, b0, y0, x0, net, blocks, a_slots, bars, TAPS, HAS_TAIL, BK)
+            _load_pixels(
+                first + i, i, x, tail, x_net, b_x, y0, x0, net, cin, blocks, a_slots, bars, TAPS, STRIDE, HAS_TAIL, BK
+            )  # fmt: skip
     mma_layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, BN, 32 if FP8 else 16]
     )
@@ -234,7 +318,8 @@ def tma_matmul_kernel(
                 k + STAGES - 1, ahead, w, net, n0, N, blocks, cin, b_slots, g_slots, bars, size, TAPS, GATED, BK
             )  # fmt: skip
             _load_pixels(
-                k + STAGES - 1, ahead, x, tail, x_net, b0, y0, x0, net, blocks, a_slots, bars, TAPS, HAS_TAIL, BK
+                k + STAGES - 1, ahead, x, tail, x_net, b_x, y0, x0, net, cin, blocks, a_slots, bars, TAPS, STRIDE,
+                HAS_TAIL, BK,
             )  # fmt: skip
     if GATED:
         acc, gate = warpgroup_mma_wait(0, deps=(acc, gate))
@@ -244,58 +329,10 @@ def tma_matmul_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.invalidate(bars.index(i))
 
-    # Eight neighbouring channels a thread, for accesses of 16 bytes.
-    lanes: gl.constexpr = BN // 8 if BN < 256 else 32
-    flat: gl.constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [num_warps, 1], [1, 0])
-    acc = gl.convert_layout(acc, flat)
-    r = gl.arange(0, BM, layout=gl.SliceLayout(1, flat))
-    image = b0 + r // (BY * BX)
-    oy = y0 + r // BX % BY
-    ox = x0 + r % BX
-    cols = n0 + gl.arange(0, BN, layout=gl.SliceLayout(0, flat))
-    inside_n = cols < N
-    inside_m = (image < images) & (oy < OH) & (ox < OW)
-    inside = inside_m[:, None] & inside_n[None, :]
-    rows = (image * OH + oy) * OW + ox
-    far = net.to(gl.int64)
-
-    done = True
-    if SPLIT:
-        tiles = gl.num_programs(0)
-        whole = far * tiles + tile
-        spot = r[:, None] * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, flat))[None, :]
-        gl.store(partials + (whole * splits + split) * (BM * BN) + spot, acc)
-        gl.thread_barrier()
-        arrived = gl.atomic_add(counters + whole, 1, sem="acq_rel", scope="gpu")
-        done = arrived == splits - 1
-        if done:
-            gl.thread_barrier()
-            acc = gl.zeros((BM, BN), gl.float32, layout=flat)
-            for part in range(splits):
-                acc += gl.load(partials + (whole * splits + part) * (BM * BN) + spot, cache_modifier=".cg")
-            gl.store(counters + whole, 0)
-    if done:
-        if FP8:
-            steps += far * (2 * N if GATED else N)
-            acc *= gl.load(steps + cols, mask=inside_n, other=0.0)[None, :]
-        if HAS_BIAS:
-            acc += gl.load(bias + far * bias_net + cols, mask=inside_n, other=0.0).to(gl.float32)[None, :]
-        if GATED:
-            gates = gl.convert_layout(gate, flat)
-            if FP8:
-                gates *= gl.load(steps + N + cols, mask=inside_n, other=0.0)[None, :]
-            if HAS_BIAS:
-                gates += gl.load(bias + far * bias_net + N + cols, mask=inside_n, other=0.0).to(gl.float32)[None, :]
-            acc = acc * activate(gates, "gelu")
-        if HAS_SHIFT:
-            acc += gl.load(shift + far * shift_net + cols, mask=inside_n, other=0.0).to(gl.float32)[None, :]
-        acc = activate(acc, ACT)
-        if HAS_SCALE:
-            factors = gl.load(scale + rows // scale_rows * scale_step, mask=inside_m, other=0.0)
-            acc *= factors.to(gl.float32)[:, None]
-        if HAS_RESIDUAL:
-            spots = residual + far * residual_net + (rows % residual_rows)[:, None] * ldr + cols[None, :]
-            acc += gl.load(spots, mask=inside, other=0.0).to(gl.float32)
-        if TAPS == 4:
-            rows = ((image * OH + oy) * 2 + net // 2) * (2 * OW) + ox * 2 + net % 2
-        gl.store(out + far * out_net + rows[:, None] * ldo + cols[None, :], acc.to(out.dtype.element_ty), mask=inside)
+    r = gl.arange(0, BM, layout=gl.SliceLayout(1, rows_layout(BN, num_warps)))
+    finish(
+        acc, gate, b0 + r // (BY * BX), y0 + r // BX % BY, x0 + r % BX, n0, tile, split, net, bias, shift, residual,
+        scale, out, partials, counters, steps, images, N, OH, OW, ldr, ldo, bias_net, shift_net, residual_net,
+        residual_rows, out_net, scale_step, scale_rows, splits, TAPS, HAS_BIAS, HAS_SHIFT, HAS_RESIDUAL, HAS_SCALE,
+        ACT, GATED, FP8, SPLIT, BM, BN, num_warps,
+    )  # fmt: skip

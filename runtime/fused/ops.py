@@ -16,7 +16,16 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Opt
 import torch
 import torch.nn.functional as F
 
-from runtime.fused.tuning import AttentionConfig, AttentionProblem, Config, Problem, Tuning, row_tiles
+from runtime.fused.tuning import (
+    AttentionConfig,
+    AttentionProblem,
+    Config,
+    Problem,
+    Tuning,
+    column_groups,
+    estimate,
+    row_tiles,
+)
 
 LOG2_E = math.log2(math.e)
 # The kernels' offsets within a net's map are 32-bit integers.
@@ -236,7 +245,9 @@ class Fused:
             self.uses[problem.key()] += 1
             return out
         chosen = config or self.tuning.config(problem)
-        launch = self._launch_boxes if chosen.bx else self._launch_matmul
+        if chosen.bx and weights.stride > 1 and not _is_even(x):
+            chosen = estimate(problem, self.tuning.card)
+        launch = self._launch_columns if chosen.columns else self._launch_boxes if chosen.bx else self._launch_matmul
         launch(problem, chosen, x, weights, tail, _Epilogue(problem, weights, out, shift, residual, scale, act))
         return out
 
@@ -303,7 +314,7 @@ class Fused:
         block = (1, config.bm // (config.by * config.bx), config.by, config.bx, config.bk)
         matrix = weights.matrix
         tiles = row_tiles(problem, config) * -(-problem.n // config.bn)
-        maps = _map_descriptor(x, block, linear)
+        maps = _strided_descriptor(x, block) if problem.stride > 1 else _map_descriptor(x, block, linear)
         self._launch(
             tma_matmul_kernel,
             (tiles, config.splits, problem.nets),
@@ -326,8 +337,53 @@ class Fused:
             BB=block[1],
             BY=config.by,
             BX=config.bx,
+            STRIDE=problem.stride,
             STATIC=weights.static,
             **epilogue.options(config),
+        )
+
+    def _launch_columns(
+        self,
+        problem: Problem,
+        config: Config,
+        x: torch.Tensor,
+        weights: Weights,
+        tail: Optional[torch.Tensor],
+        epilogue: _Epilogue,
+    ) -> None:
+        from runtime.fused.columns import column_conv_kernel
+
+        images = config.bm // (8 * config.by)
+        block = (1, config.by, images, 8, config.bk)
+        matrix = weights.matrix
+        tiles = row_tiles(problem, config) * -(-problem.n // config.bn)
+        maps = _column_descriptor(x, block)
+        options = epilogue.options(config)
+        self._launch(
+            column_conv_kernel,
+            (tiles, config.splits, problem.nets),
+            maps,
+            _column_descriptor(x, (1, 2 if problem.taps == 9 else 1, *block[2:])),
+            maps if tail is None else _column_descriptor(tail, block),
+            _descriptor(matrix, list(matrix.shape), list(matrix.stride()), (1, config.bn, config.bk)),
+            *epilogue.tensors,
+            *self._split_scratch(x.device, problem, config, tiles),
+            problem.images,
+            problem.n,
+            problem.height,
+            problem.width,
+            problem.cin,
+            problem.cin // config.bk,
+            problem.tail // config.bk,
+            *epilogue.row_steps,
+            *epilogue.net_steps,
+            config.splits,
+            BB=images,
+            BY=config.by,
+            COLUMNS=config.columns,
+            GROUPS=column_groups(problem, config),
+            STATIC=weights.static,
+            **{name: options[name] for name in options if name not in ("GATED", "FP8")},
         )
 
     def _launch(self, kernel: Any, grid: Tuple[int, ...], *operands: Any, **options: Any) -> None:
@@ -707,6 +763,30 @@ def _map_descriptor(x: torch.Tensor, block: Tuple[int, ...], flat: bool) -> Any:
     pixels = shape[2] * shape[3]
     net_step = x.stride(0) if nets > 1 else shape[1] * pixels * step
     return _descriptor(x, shape, [net_step, pixels * step, shape[3] * step, step, 1], block)
+
+
+def _is_even(x: torch.Tensor) -> bool:
+    """Whether a map is what `_strided_descriptor` can describe: dense, of even height and width."""
+    return x.is_contiguous() and x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
+
+
+def _strided_descriptor(x: torch.Tensor, block: Tuple[int, ...]) -> Any:
+    """A (nets, B, H, W, C) map for TMA as (nets B, H / 2, 2, W / 2, 2 C), in which every second pixel is a box."""
+    nets, batch, height, width, channels = x.shape
+    row = width * channels
+    shape = [nets * batch, height // 2, 2, width // 2, 2 * channels]
+    return _descriptor(
+        x, shape, [height * row, 2 * row, row, 2 * channels, 1], (block[1], block[2], 1, block[3], block[4])
+    )
+
+
+def _column_descriptor(x: torch.Tensor, block: Tuple[int, ...]) -> Any:
+    """A (nets, B, H, W, C) map for TMA as (nets, H, B, W, C): the images of a box lie side by side in each row."""
+    nets, batch, height, width, channels = x.shape
+    step = x.stride(3)
+    image = height * width * step
+    net_step = x.stride(0) if nets > 1 else batch * image
+    return _descriptor(x, [nets, height, batch, width, channels], [net_step, width * step, image, step, 1], block)
 
 
 def _descriptor(tensor: torch.Tensor, shape: List[int], strides: List[int], block: Tuple[int, ...]) -> Any:

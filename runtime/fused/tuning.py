@@ -70,7 +70,8 @@ class Problem(NamedTuple):
 class Config(NamedTuple):
     """Tile of a program, its warps, blocks of the sum in flight, and programs that share one tile's sum.
 
-    With `bx` the kernel for compute capability 9.0 runs, on boxes of bm / (by bx) images x by x bx pixels.
+    With `bx` the kernel for compute capability 9.0 runs, on boxes of bm / (by bx) images x by x bx pixels; with
+    `columns` as well the one whose taps share boxes, so many of which are in flight, eight pixels wide.
     """
 
     bm: int
@@ -81,6 +82,7 @@ class Config(NamedTuple):
     splits: int = 1
     by: int = 0
     bx: int = 0
+    columns: int = 0
 
 
 class AttentionConfig(NamedTuple):
@@ -119,8 +121,17 @@ class Card(NamedTuple):
 
 def shared_bytes(problem: Problem, config: Config) -> int:
     """Shared memory of a program: the blocks in flight, two bytes an element, and one of FP8 weights."""
+    if config.columns:
+        return 1024 * column_groups(problem, config) + 2 * config.bn * config.bk * config.stages
     row_bytes = 2 * config.bm + (1 if problem.fp8 else 2) * config.bn * (2 if problem.gated else 1)
     return row_bytes * config.bk * config.stages
+
+
+def column_groups(problem: Problem, config: Config) -> int:
+    """Rows of eight pixels that the boxes in flight have room for, a power of two; a box is higher than its tile."""
+    images = config.bm // (8 * config.by)
+    rows = config.columns * images * (config.by + (2 if problem.taps == 9 else 1))
+    return 1 << (rows - 1).bit_length()
 
 
 def row_tiles(problem: Problem, config: Config) -> int:
@@ -153,6 +164,8 @@ def box(problem: Problem, bm: int) -> Tuple[int, int]:
 def fits(problem: Problem, config: Config, card: Card) -> bool:
     """Whether a configuration can run a problem on a card."""
     if shared_bytes(problem, config) > card.shared_memory or (problem.gated and config.splits > 1):
+        return False
+    if config.columns and not _shares_boxes(problem, config):
         return False
     # A block's FP8 products are summed apart, and the kernel of 9.0 reads one block of the map ahead.
     if problem.fp8 and (config.bk < 32 or (config.bx and config.stages < 3)):
@@ -224,9 +237,43 @@ _FP8_BOX_SHAPES = (
 )
 
 
+def _shares_boxes(problem: Problem, config: Config) -> bool:
+    """Whether the kernel whose taps share boxes can run a problem: whole blocks of 64 channels, boxes of 8 pixels."""
+    channels = problem.cin % 64 == 0 and problem.tail % 64 == 0 and config.bk == 64
+    return channels and problem.taps > 1 and problem.stride == 1 and config.bx == 8 and not problem.fp8
+
+
+# The same of the kernel whose taps share boxes, and the boxes in flight.
+_COLUMN_SHAPES = (
+    (64, 64, 4, (6, 8), (3, 5)),
+    (64, 128, 4, (4, 6, 8), (3, 5)),
+    (64, 256, 4, (4, 5), (2, 3)),
+    (128, 64, 4, (4, 8), (3,)),
+    (128, 128, 4, (4, 6), (3,)),
+    (128, 128, 8, (4, 6), (3,)),
+    (128, 256, 8, (4,), (3,)),
+    (256, 64, 8, (4, 8), (3,)),
+    (256, 128, 8, (4, 6), (3,)),
+)
+
+
+def _column_shapes(problem: Problem) -> Iterator[Config]:
+    """Tiles of whole rows of eight pixels: of one image, or of two where they are low."""
+    for bm, bn, warps, depths, boxes in _COLUMN_SHAPES:
+        for images in (1, 2):
+            by = bm // (8 * images)
+            # Not more rows of zeros than half a tile, nor images.
+            if images > problem.images or by >= 2 * problem.height:
+                continue
+            for stages in depths:
+                for columns in boxes:
+                    yield Config(bm, bn, 64, warps, stages, 1, by, 8, columns)
+
+
 def _boxes(problem: Problem, card: Card) -> bool:
-    """Whether the kernel of compute capability 9.0 can run a problem."""
-    return card.boxes and problem.stride == 1 and problem.cin >= 32 and problem.cin % 8 == 0 and problem.tail % 8 == 0
+    """Whether the kernel of compute capability 9.0 can run a problem; of strided ones those of whole blocks."""
+    strided = problem.stride == 1 or (problem.taps == 9 and problem.cin % 64 == 0 and not problem.fp8)
+    return card.boxes and strided and problem.cin >= 32 and problem.cin % 8 == 0 and problem.tail % 8 == 0
 
 
 def _fp8_shapes(problem: Problem, card: Card) -> Iterator[Config]:
@@ -258,6 +305,8 @@ def _shapes(problem: Problem, card: Card) -> Iterator[Config]:
         for bm, bn, warps, depths in _BOX_SHAPES:
             for stages in depths:
                 yield Config(bm, bn, 64 if problem.cin >= 64 else 32, warps, stages, 1, *box(problem, bm))
+        if problem.taps > 1:
+            yield from _column_shapes(problem)
 
 
 def candidates(problem: Problem, card: Card) -> List[Config]:

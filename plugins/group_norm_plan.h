@@ -132,13 +132,13 @@ struct GridCost {
     double items;
     double merge;
 };
-constexpr HeldCost kHeldRun{0.194, 0.550, 0.000, 0.035, 0.242, 0.000, 0.510, 0.000, 0.342};
-constexpr HeldCost kHeldColumns{1.163, 0.374, 0.285, 0.042, 0.187, 0.046, 1.055, 0.268, 0.289};
-constexpr HeldCost kHeldSlices{0.000, 0.593, 0.000, 0.035, 0.204, 0.000, 0.676, 0.075, 0.392};
-constexpr PairCost kPairRun{3.207, 0.022, 0.000, 0.066, 0.021, 0.000, 0.979, 0.123};
-constexpr PairCost kPairColumns{3.622, 0.100, 0.795, 0.026, 0.000, 0.050, 0.531, 0.496};
-constexpr GridCost kGridRun{5.358, 0.061, 0.000, 0.157};
-constexpr GridCost kGridColumns{1.865, 0.076, 0.665, 1.702};
+constexpr HeldCost kHeldRun{0.193, 0.545, 0.000, 0.035, 0.240, 0.000, 0.503, 0.000, 0.336};
+constexpr HeldCost kHeldColumns{1.099, 0.455, 0.244, 0.014, 0.326, 0.000, 1.284, 0.311, 0.209};
+constexpr HeldCost kHeldSlices{0.129, 0.608, 0.000, 0.005, 0.175, 0.000, 0.667, 1.529, 0.403};
+constexpr PairCost kPairRun{3.311, 0.031, 0.000, 0.058, 0.028, 0.000, 0.675, 0.289};
+constexpr PairCost kPairColumns{3.662, 0.090, 1.038, 0.027, 0.000, 0.025, 0.580, 0.548};
+constexpr GridCost kGridRun{5.563, 0.058, 0.000, 0.216};
+constexpr GridCost kGridColumns{2.484, 0.056, 0.673, 3.058};
 
 // Lays a thread's packs, one a step, into registers and shared memory; false where they do not fit.
 inline bool hold(Plan& plan, int64_t steps, int64_t otherShared, DeviceFacts const& facts) noexcept {

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from runtime.fused.hopper import finish, rows_layout
+from runtime.fused.hopper import epilogue_operands, finish, rows_layout
 
 
 @gluon.jit
@@ -131,6 +131,7 @@ def column_conv_kernel(
     BN: gl.constexpr,
     BK: gl.constexpr,
     STAGES: gl.constexpr,
+    AHEAD: gl.constexpr,
     COLUMNS: gl.constexpr,
     GROUPS: gl.constexpr,
     STATIC: gl.constexpr,
@@ -203,6 +204,17 @@ def column_conv_kernel(
                 first + i, i, x, halo, tail, x_net, b0, top, left, blocks, pool, a_bars, NT, HAS_TAIL, BB, BY, BK
             )  # fmt: skip
 
+    r = gl.arange(0, BM, layout=gl.SliceLayout(1, rows_layout(BN, num_warps)))
+    image = b0 + r // 8 % BB
+    oy = y0 + r // (8 * BB)
+    ox = x0 + r % 8
+    # Read now, if the registers have room for it: behind the sum the card would wait for it.
+    EARLY: gl.constexpr = AHEAD >= 2
+    if EARLY:
+        operands = epilogue_operands(
+            image, oy, ox, n0, net, bias, shift, residual, images, N, OH, OW, ldr, bias_net, shift_net, residual_net,
+            residual_rows, HAS_BIAS, HAS_SHIFT, HAS_RESIDUAL, False, BN, num_warps,
+        )  # fmt: skip
     mma_layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, BN, 16]
     )
@@ -241,10 +253,13 @@ def column_conv_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.invalidate(b_bars.index(i))
 
-    r = gl.arange(0, BM, layout=gl.SliceLayout(1, rows_layout(BN, num_warps)))
+    if not EARLY:
+        operands = epilogue_operands(
+            image, oy, ox, n0, net, bias, shift, residual, images, N, OH, OW, ldr, bias_net, shift_net, residual_net,
+            residual_rows, HAS_BIAS, HAS_SHIFT, HAS_RESIDUAL, False, BN, num_warps,
+        )  # fmt: skip
     finish(
-        acc, acc, b0 + r // 8 % BB, y0 + r // (8 * BB), x0 + r % 8, n0, tile, split, net, bias, shift, residual, scale,
-        out, partials, counters, partials, images, N, OH, OW, ldr, ldo, bias_net, shift_net, residual_net,
-        residual_rows, out_net, scale_step, scale_rows, splits, TAPS, HAS_BIAS, HAS_SHIFT, HAS_RESIDUAL, HAS_SCALE,
-        ACT, False, False, SPLIT, BM, BN, num_warps,
+        acc, acc, operands, image, oy, ox, n0, tile, split, net, scale, out, partials, counters, partials, images, N,
+        OH, OW, ldo, out_net, scale_step, scale_rows, splits, TAPS, HAS_BIAS, HAS_SHIFT, HAS_RESIDUAL, HAS_SCALE, ACT,
+        False, False, SPLIT, BM, BN, AHEAD, num_warps,
     )  # fmt: skip

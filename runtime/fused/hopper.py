@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from runtime.fused.kernels import activate
+from runtime.fused.kernels import activate, sum_of_parts
 
 
 @gluon.jit
@@ -80,12 +80,38 @@ def rows_layout(BN, num_warps):
 
 
 @gluon.jit
+def epilogue_operands(
+    image, oy, ox, n0, net, bias, shift, residual, images, N, OH, OW, ldr, bias_net, shift_net, residual_net,
+    residual_rows, HAS_BIAS: gl.constexpr, HAS_SHIFT: gl.constexpr, HAS_RESIDUAL: gl.constexpr, GATED: gl.constexpr,
+    BN: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """What `finish` adds: bias, the gate's bias, shift and residual."""
+    flat: gl.constexpr = rows_layout(BN, num_warps)
+    cols = n0 + gl.arange(0, BN, layout=gl.SliceLayout(0, flat))
+    inside_n = cols < N
+    far = net.to(gl.int64)
+    bias_values, gate_bias, shift_values, residual_values = 0.0, 0.0, 0.0, 0.0
+    if HAS_BIAS:
+        bias_values = gl.load(bias + far * bias_net + cols, mask=inside_n, other=0.0)
+        if GATED:
+            gate_bias = gl.load(bias + far * bias_net + N + cols, mask=inside_n, other=0.0)
+    if HAS_SHIFT:
+        shift_values = gl.load(shift + far * shift_net + cols, mask=inside_n, other=0.0)
+    if HAS_RESIDUAL:
+        inside = ((image < images) & (oy < OH) & (ox < OW))[:, None] & inside_n[None, :]
+        rows = ((image * OH + oy) * OW + ox) % residual_rows
+        spots = residual + far * residual_net + rows[:, None] * ldr + cols[None, :]
+        residual_values = gl.load(spots, mask=inside, other=0.0)
+    return bias_values, gate_bias, shift_values, residual_values
+
+
+@gluon.jit
 def finish(
-    acc, gate, image, oy, ox, n0, tile, split, net, bias, shift, residual, scale, out, partials, counters, steps,
-    images, N, OH, OW, ldr, ldo, bias_net, shift_net, residual_net, residual_rows, out_net, scale_step, scale_rows,
-    splits, TAPS: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_SHIFT: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
-    HAS_SCALE: gl.constexpr, ACT: gl.constexpr, GATED: gl.constexpr, FP8: gl.constexpr, SPLIT: gl.constexpr,
-    BM: gl.constexpr, BN: gl.constexpr, num_warps: gl.constexpr,
+    acc, gate, operands, image, oy, ox, n0, tile, split, net, scale, out, partials, counters, steps, images, N, OH, OW,
+    ldo, out_net, scale_step, scale_rows, splits, TAPS: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_SHIFT: gl.constexpr, HAS_RESIDUAL: gl.constexpr, HAS_SCALE: gl.constexpr,
+    ACT: gl.constexpr, GATED: gl.constexpr, FP8: gl.constexpr, SPLIT: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    AHEAD: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Adds up a cut sum's parts, applies the epilogue and stores; row r of the tile is a pixel of an image."""
     flat: gl.constexpr = rows_layout(BN, num_warps)
@@ -102,39 +128,36 @@ def finish(
         tiles = gl.num_programs(0)
         whole = far * tiles + tile
         r = gl.arange(0, BM, layout=gl.SliceLayout(1, flat))
-        spot = r[:, None] * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, flat))[None, :]
-        gl.store(partials + (whole * splits + split) * (BM * BN) + spot, acc)
+        parts = partials + whole * splits * (BM * BN) + r[:, None] * BN + (cols - n0)[None, :]
+        gl.store(parts + split * (BM * BN), acc)
         gl.thread_barrier()
         arrived = gl.atomic_add(counters + whole, 1, sem="acq_rel", scope="gpu")
         done = arrived == splits - 1
         if done:
             gl.thread_barrier()
-            acc = gl.zeros((BM, BN), gl.float32, layout=flat)
-            for part in range(splits):
-                acc += gl.load(partials + (whole * splits + part) * (BM * BN) + spot, cache_modifier=".cg")
+            acc = sum_of_parts(parts, splits, BM * BN, AHEAD)
             gl.store(counters + whole, 0)
     if done:
         if FP8:
             steps += far * (2 * N if GATED else N)
             acc *= gl.load(steps + cols, mask=inside_n, other=0.0)[None, :]
         if HAS_BIAS:
-            acc += gl.load(bias + far * bias_net + cols, mask=inside_n, other=0.0).to(gl.float32)[None, :]
+            acc += operands[0].to(gl.float32)[None, :]
         if GATED:
             gates = gl.convert_layout(gate, flat)
             if FP8:
                 gates *= gl.load(steps + N + cols, mask=inside_n, other=0.0)[None, :]
             if HAS_BIAS:
-                gates += gl.load(bias + far * bias_net + N + cols, mask=inside_n, other=0.0).to(gl.float32)[None, :]
+                gates += operands[1].to(gl.float32)[None, :]
             acc = acc * activate(gates, "gelu")
         if HAS_SHIFT:
-            acc += gl.load(shift + far * shift_net + cols, mask=inside_n, other=0.0).to(gl.float32)[None, :]
+            acc += operands[2].to(gl.float32)[None, :]
         acc = activate(acc, ACT)
         if HAS_SCALE:
             factors = gl.load(scale + rows // scale_rows * scale_step, mask=inside_m, other=0.0)
             acc *= factors.to(gl.float32)[:, None]
         if HAS_RESIDUAL:
-            spots = residual + far * residual_net + (rows % residual_rows)[:, None] * ldr + cols[None, :]
-            acc += gl.load(spots, mask=inside, other=0.0).to(gl.float32)
+            acc += operands[3].to(gl.float32)
         if TAPS == 4:
             rows = ((image * OH + oy) * 2 + net // 2) * (2 * OW) + ox * 2 + net % 2
         gl.store(out + far * out_net + rows[:, None] * ldo + cols[None, :], acc.to(out.dtype.element_ty), mask=inside)
@@ -203,6 +226,7 @@ def tma_matmul_kernel(
     BN: gl.constexpr,
     BK: gl.constexpr,
     STAGES: gl.constexpr,
+    AHEAD: gl.constexpr,
     STATIC: gl.constexpr,
     PDL: gl.constexpr,
     num_warps: gl.constexpr,
@@ -261,6 +285,17 @@ def tma_matmul_kernel(
             _load_pixels(
                 first + i, i, x, tail, x_net, b_x, y0, x0, net, cin, blocks, a_slots, bars, TAPS, STRIDE, HAS_TAIL, BK
             )  # fmt: skip
+    r = gl.arange(0, BM, layout=gl.SliceLayout(1, rows_layout(BN, num_warps)))
+    image = b0 + r // (BY * BX)
+    oy = y0 + r // BX % BY
+    ox = x0 + r % BX
+    # Read now, if the registers have room for it: behind the sum the card would wait for it.
+    EARLY: gl.constexpr = AHEAD >= 2
+    if EARLY:
+        operands = epilogue_operands(
+            image, oy, ox, n0, net, bias, shift, residual, images, N, OH, OW, ldr, bias_net, shift_net, residual_net,
+            residual_rows, HAS_BIAS, HAS_SHIFT, HAS_RESIDUAL, GATED, BN, num_warps,
+        )  # fmt: skip
     mma_layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, BN, 32 if FP8 else 16]
     )
@@ -329,10 +364,13 @@ def tma_matmul_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.invalidate(bars.index(i))
 
-    r = gl.arange(0, BM, layout=gl.SliceLayout(1, rows_layout(BN, num_warps)))
+    if not EARLY:
+        operands = epilogue_operands(
+            image, oy, ox, n0, net, bias, shift, residual, images, N, OH, OW, ldr, bias_net, shift_net, residual_net,
+            residual_rows, HAS_BIAS, HAS_SHIFT, HAS_RESIDUAL, GATED, BN, num_warps,
+        )  # fmt: skip
     finish(
-        acc, gate, b0 + r // (BY * BX), y0 + r // BX % BY, x0 + r % BX, n0, tile, split, net, bias, shift, residual,
-        scale, out, partials, counters, steps, images, N, OH, OW, ldr, ldo, bias_net, shift_net, residual_net,
-        residual_rows, out_net, scale_step, scale_rows, splits, TAPS, HAS_BIAS, HAS_SHIFT, HAS_RESIDUAL, HAS_SCALE,
-        ACT, GATED, FP8, SPLIT, BM, BN, num_warps,
+        acc, gate, operands, image, oy, ox, n0, tile, split, net, scale, out, partials, counters, steps, images, N, OH,
+        OW, ldo, out_net, scale_step, scale_rows, splits, TAPS, HAS_BIAS, HAS_SHIFT, HAS_RESIDUAL, HAS_SCALE, ACT,
+        GATED, FP8, SPLIT, BM, BN, AHEAD, num_warps,
     )  # fmt: skip

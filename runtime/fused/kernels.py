@@ -58,6 +58,48 @@ def _add_product(a, b, acc, FP8: tl.constexpr):
 
 
 @triton.jit
+def sum_of_parts(parts, splits, STEP: tl.constexpr, AHEAD: tl.constexpr):
+    """A tile of a cut sum, its parts in order, STEP numbers apart; the Gluon kernels call it too.
+
+    AHEAD parts are on their way at a time, 1, 2 or 4: one after the other each takes the L2 cache's whole latency.
+    """
+    acc = tl.load(parts, cache_modifier=".cg")
+    for part in range(1, splits, AHEAD):
+        # Behind the last part that one is read again, and not added: loads under a condition are not sent in a row.
+        one = tl.load(parts + part * STEP, cache_modifier=".cg")
+        if AHEAD >= 2:
+            two = tl.load(parts + tl.minimum(part + 1, splits - 1) * STEP, cache_modifier=".cg")
+        if AHEAD == 4:
+            three = tl.load(parts + tl.minimum(part + 2, splits - 1) * STEP, cache_modifier=".cg")
+            four = tl.load(parts + tl.minimum(part + 3, splits - 1) * STEP, cache_modifier=".cg")
+        acc += one
+        if AHEAD >= 2:
+            acc += tl.where(part + 1 < splits, two, 0.0)
+        if AHEAD == 4:
+            acc += tl.where(part + 2 < splits, three, 0.0)
+            acc += tl.where(part + 3 < splits, four, 0.0)
+    return acc
+
+
+@triton.jit
+def _operands(
+    bias, shift, residual, N, inside_n, inside_out, HAS_BIAS: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """What the epilogue adds: bias, the gate's bias, shift and residual, of a tile's pointers."""
+    bias_values, gate_bias, shift_values, residual_values = 0.0, 0.0, 0.0, 0.0
+    if HAS_BIAS:
+        bias_values = tl.load(bias, mask=inside_n, other=0.0)
+        if GATED:
+            gate_bias = tl.load(bias + N, mask=inside_n, other=0.0)
+    if HAS_SHIFT:
+        shift_values = tl.load(shift, mask=inside_n, other=0.0)
+    if HAS_RESIDUAL:
+        residual_values = tl.load(residual, mask=inside_out, other=0.0)
+    return bias_values, gate_bias, shift_values, residual_values
+
+
+@triton.jit
 def _begin(PDL: tl.constexpr):
     """With programmatic launch a kernel starts while the one before still runs, and waits here for its results."""
     if PDL:
@@ -125,6 +167,7 @@ def matmul_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """out = residual + scale * act(conv(x) @ w.T + tail @ w_tail.T + bias + shift), or hidden * gelu(gate) if GATED.
@@ -167,6 +210,18 @@ def matmul_kernel(
     acc = tl.zeros((BM, BN), tl.float32)
     gate = tl.zeros((BM, BN), tl.float32) if GATED else acc
     _begin(PDL)
+
+    inside_n = cols < N
+    inside_out = (rows < M)[:, None] & inside_n[None, :]
+    bias += net * bias_net + cols
+    shift += net * shift_net + cols
+    residual += net * residual_net + (rows % residual_rows)[:, None] * ldr + cols[None, :]
+    # What the epilogue adds is read now, if the registers have room for it: behind the sum the card would wait for it.
+    EARLY: tl.constexpr = AHEAD >= 2
+    if EARLY:
+        operands = _operands(
+            bias, shift, residual, N, inside_n, inside_out, HAS_BIAS, HAS_SHIFT, HAS_RESIDUAL, GATED
+        )  # fmt: skip
 
     for k in tl.range(first, tl.minimum(last, TAPS * blocks), num_stages=STAGES):
         if TAPS == 1:
@@ -232,33 +287,31 @@ def matmul_kernel(
         done = arrived == splits - 1
         if done:
             tl.debug_barrier()
-            acc = tl.zeros((BM, BN), tl.float32)
-            for part in range(splits):
-                acc += tl.load(partials + (whole * splits + part) * (BM * BN) + spot, cache_modifier=".cg")
+            acc = sum_of_parts(partials + whole * splits * (BM * BN) + spot, splits, BM * BN, AHEAD)
             tl.store(counters + whole, 0)  # ready for the next launch
     if done:
-        inside_n = cols < N
-        inside_out = (rows < M)[:, None] & inside_n[None, :]
         if FP8:
             steps += net * (2 * N if GATED else N)
             acc *= tl.load(steps + cols, mask=inside_n, other=0.0)[None, :]
             if GATED:
                 gate *= tl.load(steps + N + cols, mask=inside_n, other=0.0)[None, :]
+        if not EARLY:
+            operands = _operands(
+                bias, shift, residual, N, inside_n, inside_out, HAS_BIAS, HAS_SHIFT, HAS_RESIDUAL, GATED
+            )  # fmt: skip
         if HAS_BIAS:
-            bias += net * bias_net
-            acc += tl.load(bias + cols, mask=inside_n, other=0.0).to(tl.float32)[None, :]
+            acc += operands[0].to(tl.float32)[None, :]
         if GATED:
             if HAS_BIAS:
-                gate += tl.load(bias + N + cols, mask=inside_n, other=0.0).to(tl.float32)[None, :]
+                gate += operands[1].to(tl.float32)[None, :]
             acc = acc * activate(gate, "gelu")
         if HAS_SHIFT:
-            acc += tl.load(shift + net * shift_net + cols, mask=inside_n, other=0.0).to(tl.float32)[None, :]
+            acc += operands[2].to(tl.float32)[None, :]
         acc = activate(acc, ACT)
         if HAS_SCALE:
             acc *= tl.load(scale + safe_rows // scale_rows * scale_step).to(tl.float32)[:, None]
         if HAS_RESIDUAL:
-            spots = residual + net * residual_net + (rows % residual_rows)[:, None] * ldr + cols[None, :]
-            acc += tl.load(spots, mask=inside_out, other=0.0).to(tl.float32)
+            acc += operands[3].to(tl.float32)
         if UP:
             rows = ((image * OH + oy) * 2 + phase // 2) * (2 * OW) + ox * 2 + phase % 2
         spots = out + net * out_net + rows[:, None] * ldo + cols[None, :]

@@ -24,6 +24,7 @@ from runtime.fused.tuning import (
     Tuning,
     column_groups,
     estimate,
+    parts_ahead,
     row_tiles,
 )
 
@@ -150,6 +151,7 @@ class _Epilogue:
             "BN": config.bn,
             "BK": config.bk,
             "STAGES": config.stages,
+            "AHEAD": parts_ahead(self._problem, config),
             "num_warps": config.warps,
         }
 

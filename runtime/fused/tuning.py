@@ -134,6 +134,13 @@ def column_groups(problem: Problem, config: Config) -> int:
     return 1 << (rows - 1).bit_length()
 
 
+def parts_ahead(problem: Problem, config: Config) -> int:
+    """How many further tiles of 32-bit numbers a program's registers have room for: four, two or one."""
+    sums = (2 if problem.gated else 1) + (1 if problem.fp8 else 0)
+    numbers = sums * config.bm * config.bn // (32 * config.warps)
+    return 4 if numbers <= 32 else 2 if numbers <= 64 else 1
+
+
 def row_tiles(problem: Problem, config: Config) -> int:
     """Tiles that the output's pixels are cut into."""
     if not config.bx or problem.taps == 1:

@@ -270,7 +270,7 @@ struct Run {
     }
 };
 
-// Sums of a thread's elements about the mean of its first pack. Of a pack, `biasOf(j)` is added to element j.
+// Sums of a thread's elements about the mean of its first pack, or a later one. Of a pack, `biasOf(j)` is added to element j.
 template <typename T, int V>
 struct ThreadSums {
     static constexpr int kChains = V > 1 ? 2 : 1;  // of additions, which wait for one another
@@ -301,6 +301,18 @@ struct ThreadSums {
             squares[j % kChains] += distance * distance;
         }
         ++packs;
+        // A single first value may lie far from the others, and the squares of their distances would drown the rest.
+        if (V == 1 && (packs & (packs - 1)) == 0) {
+            recentre();
+        }
+    }
+    // About the mean so far: each time that the count has doubled, the distances from a first outlier halve.
+    __device__ __forceinline__ void recentre() {
+        float const mean = sum[0] * reciprocalFast(static_cast<float>(packs));
+        float const deviations = squares[0] - sum[0] * mean;
+        squares[0] = deviations < 0.0F ? 0.0F : deviations;  // NaN is not below zero and stays
+        shift += mean;
+        sum[0] = 0.0F;
     }
     __device__ __forceinline__ Moments moments() const {
         float const sums = kChains > 1 ? sum[0] + sum[kChains - 1] : sum[0];

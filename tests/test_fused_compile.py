@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from runtime.fused.ops import Affine, Fused, Scaling, Weights
-from runtime.fused.tuning import AttentionConfig, Card, Config, Tuning
+from runtime.fused.tuning import AttentionConfig, Card, Config, Problem, Tuning, shared_bytes
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton, which there is for Linux only", allow_module_level=True)
@@ -321,18 +321,61 @@ COLUMNS = {
     "conv, wide": boxed(conv, 256, 128, 64, 8, 4, 1, 16, 8, 3),
     "conv with tail, cut": boxed(conv_with_tail, 64, 128, 64, 4, 8, 2, 4, 8, 3),
     "up": boxed(up_conv, 128, 128, 64, 8, 6, 1, 16, 8, 3),
+    "upright, cut": boxed(conv_with_tail, 64, 128, 64, 4, 8, 2, 8, 4, 3),
 }
 
 
 @pytest.mark.parametrize("name", COLUMNS)
-def test_columns(compiled: Callable[..., List[Compiled]], name: str) -> None:
-    """A box for the taps of a column, read where it lies."""
+def test_columns(compiled: Callable[..., List[Compiled]], name: str, tmp_path: Path) -> None:
+    """A box for the taps of a column, read where it lies, with products under way."""
     pytest.importorskip("triton.experimental.gluon")
     (found,) = compiled(90, COLUMNS[name])
     check(found, 90)
     assert found.kernel.metadata.name == "column_conv_kernel"
     assert "wgmma.mma_async.sync" in found.ptx and "cp.async.bulk.tensor.5d" in found.ptx
     assert "ldmatrix" not in found.ptx.rpartition("wgmma.mma_async.sync")[0], "operands go through registers"
+    assert "serialized" not in _assembler_notes(found.ptx, tmp_path)
+
+
+def gated_ragged(run: Fused) -> None:
+    """Neither the rows, nor the channels, nor the sum are whole tiles."""
+    run.matmul(maps(2, 1, 10, 10, 456), weights(2, 208, 456, gated=True))
+
+
+def activated(run: Fused) -> None:
+    run.matmul(maps(2, 2, 32, 48, 320), weights(2, 960, 320), shift=(maps(2 * 960), 960), act="gelu")
+
+
+RESIDENT = {
+    "gated": (gated, Config(128, 64, 64, 4, 6, by=1, bx=128, walk=4)),
+    "gated, two teams": (gated, Config(128, 64, 64, 4, 4, by=1, bx=128, teams=2, walk=4)),
+    "gated, two large teams": (gated, Config(256, 32, 64, 8, 3, by=1, bx=256, teams=2, walk=8)),
+    "gated, ragged": (gated_ragged, Config(64, 32, 64, 4, 5, by=1, bx=64, walk=3)),
+    "activated": (activated, Config(128, 128, 64, 4, 4, by=1, bx=128, teams=2, walk=4)),
+    "linear": (linear, Config(64, 64, 64, 4, 3, by=1, bx=64, walk=1)),
+}
+
+
+@pytest.mark.parametrize("name", RESIDENT)
+def test_resident(compiled: Callable[..., List[Compiled]], name: str, tmp_path: Path) -> None:
+    """Both operands are read where they lie, products are under way together, and it takes the memory it says."""
+    pytest.importorskip("triton.experimental.gluon")
+    call, config = RESIDENT[name]
+    problems: List[Problem] = []
+
+    def chosen(run: Fused) -> None:
+        run.tuning.config = lambda problem: problems.append(problem) or config  # type: ignore
+        call(run)
+
+    (found,) = compiled(90, chosen)
+    check(found, 90)
+    assert found.kernel.metadata.name == "resident_matmul_kernel"
+    assert found.kernel.metadata.num_warps == config.warps * config.teams
+    assert 0 <= shared_bytes(problems[0], config) - found.kernel.metadata.shared < 1024
+    operands = re.findall(r"wgmma\.mma_async\.sync[^}]*}, (%\w+), (%\w+)", found.ptx)
+    assert operands and all(one.startswith("%rd") for pair in operands for one in pair), "no descriptors"
+    assert "cp.async.bulk.tensor.4d" in found.ptx and "serialized" not in _assembler_notes(found.ptx, tmp_path)
+    assert "st.global.v4" in found.ptx or "st.global.L1::no_allocate.v4" in found.ptx, "narrow stores"
 
 
 def test_configurations_of_attention_fit_what_they_say(compiled: Callable[..., List[Compiled]]) -> None:

@@ -34,6 +34,10 @@ LARGE = {
     "qkv": Matmul(nets=2, batch=2, height=16, width=24, cin=640, n=1920),
     "few rows": Matmul(nets=2, batch=2, height=4, width=6, cin=1280, n=1280, residual=1),
     "gated": Matmul(nets=2, batch=2, height=8, width=12, cin=640, n=2560, gated=True),
+    "gated, short sum": Matmul(nets=2, batch=2, height=32, width=48, cin=320, n=1280, gated=True),
+    "gated, ragged": Matmul(nets=2, batch=1, height=10, width=10, cin=456, n=200, gated=True),
+    "short sum": Matmul(nets=2, batch=2, height=32, width=48, cin=320, n=960),
+    "short sum, all that is added": Matmul(batch=4, height=9, width=7, cin=320, n=328, residual=2, shift=True, scale=2),
     "zero conv": Matmul(batch=2, height=8, width=12, cin=640, n=640, residual=1, scale=2, margin=64),
     "conv": Matmul("conv", batch=2, height=16, width=24, cin=320, n=640, shift=True),
     "conv, smallest map": Matmul("conv", nets=2, batch=2, height=4, width=6, cin=1280, n=1280, residual=2),
@@ -73,6 +77,13 @@ def boxed(case: Matmul, splits: int, card: Card) -> List[Config]:
         Config(bm, bn, bk, warps, stages, splits, by, 8, boxes)
         for bm, bn, warps, stages, by, boxes in ((64, 64, 4, 3, 8, 2), (64, 128, 4, 4, 4, 3), (128, 64, 8, 4, 16, 1))
     ]
+    # With eight pixels down.
+    made.append(Config(64, 64, bk, 4, 4, splits, 8, 4, 3))
+    # And of the one whose rows stay: tiles behind the last, a team without tiles, rings longer than a walk.
+    made += [
+        Config(bm, bn, bk, 4, stages, splits, by=1, bx=bm, teams=teams, walk=walk)
+        for bm, bn, stages, teams, walk in ((64, 32, 2, 1, 1), (128, 32, 3, 1, 2), (64, 64, 3, 2, 1), (64, 32, 2, 2, 5))
+    ]
     return [config for config in made if fits(problem, config, card)]
 
 
@@ -102,10 +113,12 @@ def test_small_products(name: str, card: Card) -> None:
 
 
 def check_tiles(operands: Operands, offered: List[Config], card: Card) -> None:
-    """Some of both kernels' configurations, with and without programmatic launch."""
-    plain, boxes = ([config for config in offered if bool(config.bx) == kind] for kind in (False, True))
+    """Some of all kernels' configurations, with and without programmatic launch."""
+    kinds: Dict[Tuple[bool, ...], List[Config]] = {}
+    for config in offered:
+        kinds.setdefault((config.bx > 0, config.columns > 0, config.walk > 0), []).append(config)
     runs = [Fused(Tuning(card), pdl=pdl) for pdl in ((False, True) if card.capability >= 90 else (False, False))]
-    for kind in (plain, boxes):
+    for kind in kinds.values():
         for i, config in enumerate(kind[:: max(1, len(kind) // 4)]):
             check_product(operands, runs[i % 2], config)
 

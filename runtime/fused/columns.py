@@ -28,7 +28,7 @@ from runtime.fused.hopper import epilogue_operands, finish, rows_layout
 
 @gluon.jit
 def _load_weights(
-    k, slot, w, net, n0, blocks, cin, b_slots, bars, NT: gl.constexpr, BK: gl.constexpr,
+    k, slot, w, net, n0, blocks, cin, b_slots, bars, NT: gl.constexpr, SWAP: gl.constexpr, BK: gl.constexpr,
 ):  # fmt: skip
     """Start the copy of the weights of block `k`: NT blocks a column, top to bottom, then one a block of the tail."""
     bar = bars.index(slot)
@@ -37,7 +37,8 @@ def _load_weights(
     of_tail = k - column * NT
     block = column // NT
     # The matrix has the taps row by row, and behind them the tail's channels.
-    tap = of_tail * NT + column - block * NT
+    across = column - block * NT
+    tap = across * NT + of_tail if SWAP else of_tail * NT + across
     at = tap * cin + block * BK
     if column == NT * blocks:
         at = NT * NT * cin + of_tail * BK
@@ -134,6 +135,7 @@ def column_conv_kernel(
     AHEAD: gl.constexpr,
     COLUMNS: gl.constexpr,
     GROUPS: gl.constexpr,
+    SWAP: gl.constexpr,
     STATIC: gl.constexpr,
     PDL: gl.constexpr,
     num_warps: gl.constexpr,
@@ -141,12 +143,13 @@ def column_conv_kernel(
     """What `kernels.matmul_kernel` computes, for convolutions of 4 or 9 taps of stride 1 and blocks of whole channels.
 
     x, halo and tail are descriptors (nets, H, B, W, C) with boxes (1, BY, BB, 8, BK), the halo's NT - 1 rows high; w
-    (nets, N, K). GROUPS is a power of two that COLUMNS boxes fit in, in rows of eight pixels.
+    (nets, N, K). GROUPS is a power of two that COLUMNS boxes fit in, in rows of eight pixels. With
+    SWAP rows are columns of the map: x is (nets, W, B, H, C).
     """
     NT: gl.constexpr = 3 if TAPS == 9 else 2
     BM: gl.constexpr = BY * BB * 8
-    tiles_x = gl.cdiv(OW, 8)
-    tiles_y = gl.cdiv(OH, BY)
+    tiles_x = gl.cdiv(OH if SWAP else OW, 8)
+    tiles_y = gl.cdiv(OW if SWAP else OH, BY)
     tiles_m = tiles_x * tiles_y * gl.cdiv(images, BB)
     tile = gl.program_id(0)
     split = gl.program_id(1)
@@ -162,18 +165,23 @@ def column_conv_kernel(
     top = y0 - 1
     if TAPS == 4:
         x_net = 0
-        left += net % 2
-        top += net // 2
+        if SWAP:
+            left += net // 2
+            top += net % 2
+        else:
+            left += net % 2
+            top += net // 2
     convs = NT * blocks
     first = 0
     last = convs + tail_blocks
     if SPLIT:
-        each = gl.cdiv(last, splits)
-        first = split * each
-        last = gl.minimum(first + each, last)
+        first = split * last // splits
+        last = (split + 1) * last // splits
     # In blocks: NT a column, and one of the tail.
     begin = NT * gl.minimum(first, convs) + gl.maximum(first - convs, 0)
     end = NT * gl.minimum(last, convs) + gl.maximum(last - convs, 0)
+    # Or else the path around the loop, with its sums of zeros, makes the assembler wait for each product.
+    gl.assume(begin < end)
 
     flat: gl.constexpr = gl.NVMMASharedLayout(
         swizzle_byte_width=128, element_bitwidth=x.dtype.primitive_bitwidth, rank=2
@@ -194,7 +202,7 @@ def column_conv_kernel(
         gdc_wait()
     for i in gl.static_range(STAGES - 1):
         if begin + i < end:
-            _load_weights(begin + i, i, w, net, n0, blocks, cin, b_slots, b_bars, NT, BK)
+            _load_weights(begin + i, i, w, net, n0, blocks, cin, b_slots, b_bars, NT, SWAP, BK)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -206,8 +214,8 @@ def column_conv_kernel(
 
     r = gl.arange(0, BM, layout=gl.SliceLayout(1, rows_layout(BN, num_warps)))
     image = b0 + r // 8 % BB
-    oy = y0 + r // (8 * BB)
-    ox = x0 + r % 8
+    oy = x0 + r % 8 if SWAP else y0 + r // (8 * BB)
+    ox = y0 + r // (8 * BB) if SWAP else x0 + r % 8
     # Read now, if the registers have room for it: behind the sum the card would wait for it.
     EARLY: gl.constexpr = AHEAD >= 2
     if EARLY:
@@ -240,7 +248,7 @@ def column_conv_kernel(
         gl.thread_barrier()
         if k + STAGES - 1 < end:
             ahead = (k - begin + STAGES - 1) % STAGES
-            _load_weights(k + STAGES - 1, ahead, w, net, n0, blocks, cin, b_slots, b_bars, NT, BK)
+            _load_weights(k + STAGES - 1, ahead, w, net, n0, blocks, cin, b_slots, b_bars, NT, SWAP, BK)
         if (row == 0) & (passed > 0) & (column - 1 + COLUMNS < last):
             _load_column(
                 column - 1 + COLUMNS, (passed - 1) % COLUMNS, x, halo, tail, x_net, b0, top, left, blocks, pool, a_bars,

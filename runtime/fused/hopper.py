@@ -258,6 +258,9 @@ def tma_matmul_kernel(
         each = gl.cdiv(total, splits)
         first = split * each
         last = gl.minimum(first + each, total)
+    else:
+        # Or else the path around the loop, with its sums of zeros, makes the assembler wait for each product.
+        gl.assume(first < last)
 
     a_slots = gl.allocate_shared_memory(x.dtype, [STAGES] + x.block_type.shape, x.layout)
     b_slots = gl.allocate_shared_memory(w.dtype, [STAGES] + w.block_type.shape, w.layout)

@@ -249,7 +249,13 @@ class Fused:
         chosen = config or self.tuning.config(problem)
         if chosen.bx and weights.stride > 1 and not _is_even(x):
             chosen = estimate(problem, self.tuning.card)
-        launch = self._launch_columns if chosen.columns else self._launch_boxes if chosen.bx else self._launch_matmul
+        launch = self._launch_matmul
+        if chosen.walk:
+            launch = self._launch_resident
+        elif chosen.columns:
+            launch = self._launch_columns
+        elif chosen.bx:
+            launch = self._launch_boxes
         launch(problem, chosen, x, weights, tail, _Epilogue(problem, weights, out, shift, residual, scale, act))
         return out
 
@@ -355,18 +361,20 @@ class Fused:
     ) -> None:
         from runtime.fused.columns import column_conv_kernel
 
-        images = config.bm // (8 * config.by)
-        block = (1, config.by, images, 8, config.bk)
+        swap = config.bx != 8
+        images = config.bm // (config.by * config.bx)
+        by = config.bx if swap else config.by
+        block = (1, by, images, 8, config.bk)
         matrix = weights.matrix
         tiles = row_tiles(problem, config) * -(-problem.n // config.bn)
-        maps = _column_descriptor(x, block)
+        maps = _column_descriptor(x, block, swap)
         options = epilogue.options(config)
         self._launch(
             column_conv_kernel,
             (tiles, config.splits, problem.nets),
             maps,
-            _column_descriptor(x, (1, 2 if problem.taps == 9 else 1, *block[2:])),
-            maps if tail is None else _column_descriptor(tail, block),
+            _column_descriptor(x, (1, 2 if problem.taps == 9 else 1, *block[2:]), swap),
+            maps if tail is None else _column_descriptor(tail, block, swap),
             _descriptor(matrix, list(matrix.shape), list(matrix.stride()), (1, config.bn, config.bk)),
             *epilogue.tensors,
             *self._split_scratch(x.device, problem, config, tiles),
@@ -381,11 +389,44 @@ class Fused:
             *epilogue.net_steps,
             config.splits,
             BB=images,
-            BY=config.by,
+            BY=by,
+            SWAP=swap,
             COLUMNS=config.columns,
             GROUPS=column_groups(problem, config),
             STATIC=weights.static,
             **{name: options[name] for name in options if name not in ("GATED", "FP8")},
+        )
+
+    def _launch_resident(
+        self,
+        problem: Problem,
+        config: Config,
+        x: torch.Tensor,
+        weights: Weights,
+        tail: Optional[torch.Tensor],
+        epilogue: _Epilogue,
+    ) -> None:
+        from runtime.fused.resident import resident_matmul_kernel
+
+        parts = 2 if problem.gated else 1
+        groups = -(-problem.n // (config.bn * config.walk))
+        options = epilogue.options(config)
+        self._launch(
+            resident_matmul_kernel,
+            (row_tiles(problem, config) * groups, problem.nets),
+            _map_descriptor(x, (1, 1, 1, config.bm, config.bk), flat=True),
+            _parts_descriptor(weights.matrix, parts, (1, parts, config.bn, config.bk)),
+            *epilogue.tensors,
+            problem.m,
+            problem.n,
+            config.walk,
+            *epilogue.row_steps,
+            *epilogue.net_steps,
+            BLOCKS=-(-problem.cin // config.bk),
+            BM=config.bm,
+            TEAMS=config.teams,
+            STATIC=weights.static,
+            **{name: options[name] for name in options if name not in ("TAPS", "HAS_TAIL", "FP8", "SPLIT", "AHEAD")},
         )
 
     def _launch(self, kernel: Any, grid: Tuple[int, ...], *operands: Any, **options: Any) -> None:
@@ -782,13 +823,27 @@ def _strided_descriptor(x: torch.Tensor, block: Tuple[int, ...]) -> Any:
     )
 
 
-def _column_descriptor(x: torch.Tensor, block: Tuple[int, ...]) -> Any:
-    """A (nets, B, H, W, C) map for TMA as (nets, H, B, W, C): the images of a box lie side by side in each row."""
+def _column_descriptor(x: torch.Tensor, block: Tuple[int, ...], swap: bool) -> Any:
+    """A (nets, B, H, W, C) map for TMA as (nets, H, B, W, C): the images of a box lie side by side in each row.
+
+    With `swap` its columns are the rows.
+    """
     nets, batch, height, width, channels = x.shape
     step = x.stride(3)
     image = height * width * step
     net_step = x.stride(0) if nets > 1 else batch * image
-    return _descriptor(x, [nets, height, batch, width, channels], [net_step, width * step, image, step, 1], block)
+    rows, pixels = (height, width * step), (width, step)
+    if swap:
+        rows, pixels = pixels, rows
+    strides = [net_step, rows[1], image, pixels[1], 1]
+    return _descriptor(x, [nets, rows[0], batch, pixels[0], channels], strides, block)
+
+
+def _parts_descriptor(matrix: torch.Tensor, parts: int, block: Tuple[int, ...]) -> Any:
+    """A (nets, rows, K) matrix for TMA as (nets, parts, rows of a part, K): a gated layer's two are one box."""
+    nets, rows, depth = matrix.shape
+    net, row = matrix.stride()[:2]
+    return _descriptor(matrix, [nets, parts, rows // parts, depth], [net, rows // parts * row, row, 1], block)
 
 
 def _descriptor(tensor: torch.Tensor, shape: List[int], strides: List[int], block: Tuple[int, ...]) -> Any:

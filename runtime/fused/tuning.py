@@ -5,6 +5,7 @@ No torch here.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -71,7 +72,9 @@ class Config(NamedTuple):
     """Tile of a program, its warps, blocks of the sum in flight, and programs that share one tile's sum.
 
     With `bx` the kernel for compute capability 9.0 runs, on boxes of bm / (by bx) images x by x bx pixels; with
-    `columns` as well the one whose taps share boxes, so many of which are in flight, eight pixels wide.
+    `columns` as well the one whose taps share boxes, so many of which are in flight, eight pixels wide, or
+    high where bx is not 8. With `walk` the one whose rows stay runs: a program of `teams` times the warps takes so many
+    tiles of channels.
     """
 
     bm: int
@@ -83,6 +86,8 @@ class Config(NamedTuple):
     by: int = 0
     bx: int = 0
     columns: int = 0
+    teams: int = 1
+    walk: int = 0
 
 
 class AttentionConfig(NamedTuple):
@@ -121,16 +126,29 @@ class Card(NamedTuple):
 
 def shared_bytes(problem: Problem, config: Config) -> int:
     """Shared memory of a program: the blocks in flight, two bytes an element, and one of FP8 weights."""
+    if config.walk:
+        return _resident_bytes(problem, config)
     if config.columns:
         return 1024 * column_groups(problem, config) + 2 * config.bn * config.bk * config.stages
     row_bytes = 2 * config.bm + (1 if problem.fp8 else 2) * config.bn * (2 if problem.gated else 1)
     return row_bytes * config.bk * config.stages
 
 
+def _resident_bytes(problem: Problem, config: Config) -> int:
+    """All of the rows, each team's ring of weights, and what its warps exchange results and biases through.
+
+    And the barriers, as two programs may have to share a processor's memory to the last kilobyte.
+    """
+    rows = 2 * config.bm * config.bk * -(-problem.cin // config.bk)
+    weights = 2 * config.bn * (2 if problem.gated else 1) * config.bk * config.stages
+    return rows + config.teams * (weights + 512 * config.warps + 256)
+
+
 def column_groups(problem: Problem, config: Config) -> int:
     """Rows of eight pixels that the boxes in flight have room for, a power of two; a box is higher than its tile."""
-    images = config.bm // (8 * config.by)
-    rows = config.columns * images * (config.by + (2 if problem.taps == 9 else 1))
+    images = config.bm // (config.by * config.bx)
+    length = config.by if config.bx == 8 else config.bx
+    rows = config.columns * images * (length + (2 if problem.taps == 9 else 1))
     return 1 << (rows - 1).bit_length()
 
 
@@ -174,14 +192,19 @@ def fits(problem: Problem, config: Config, card: Card) -> bool:
         return False
     if config.columns and not _shares_boxes(problem, config):
         return False
+    if config.walk and not _stays(problem, config):
+        return False
     # A block's FP8 products are summed apart, and the kernel of 9.0 reads one block of the map ahead.
     if problem.fp8 and (config.bk < 32 or (config.bx and config.stages < 3)):
         return False
     rows = config.bm * config.bn * ((2 if problem.gated else 1) + (1 if problem.fp8 else 0))
     if rows > 128 * 256 or rows // (32 * config.warps) > 128:  # sums that do not fit the registers
         return False
-    blocks = problem.taps * -(-problem.cin // config.bk) + -(-problem.tail // config.bk)
-    return config.splits <= max(1, blocks // 2)
+    channels, of_tail = -(-problem.cin // config.bk), -(-problem.tail // config.bk)
+    # The kernel whose taps share boxes cuts its sums between columns only.
+    if config.columns and config.splits > (3 if problem.taps == 9 else 2) * channels + of_tail:
+        return False
+    return config.splits <= max(1, (problem.taps * channels + of_tail) // 2)
 
 
 # Tiles with their warps, and the numbers of blocks to load ahead that are worth a try.
@@ -247,34 +270,93 @@ _FP8_BOX_SHAPES = (
 def _shares_boxes(problem: Problem, config: Config) -> bool:
     """Whether the kernel whose taps share boxes can run a problem: whole blocks of 64 channels, boxes of 8 pixels."""
     channels = problem.cin % 64 == 0 and problem.tail % 64 == 0 and config.bk == 64
-    return channels and problem.taps > 1 and problem.stride == 1 and config.bx == 8 and not problem.fp8
+    return channels and problem.taps > 1 and problem.stride == 1 and 8 in (config.by, config.bx) and not problem.fp8
 
 
 # The same of the kernel whose taps share boxes, and the boxes in flight.
 _COLUMN_SHAPES = (
-    (64, 64, 4, (6, 8), (3, 5)),
-    (64, 128, 4, (4, 6, 8), (3, 5)),
-    (64, 256, 4, (4, 5), (2, 3)),
+    (64, 64, 4, (6,), (3, 5)),
+    (64, 128, 4, (4, 8), (3,)),
     (128, 64, 4, (4, 8), (3,)),
-    (128, 128, 4, (4, 6), (3,)),
-    (128, 128, 8, (4, 6), (3,)),
+    (128, 128, 4, (4,), (3,)),
+    (128, 128, 8, (4,), (3,)),
     (128, 256, 8, (4,), (3,)),
-    (256, 64, 8, (4, 8), (3,)),
+    (256, 64, 8, (4,), (3,)),
     (256, 128, 8, (4, 6), (3,)),
 )
 
 
 def _column_shapes(problem: Problem) -> Iterator[Config]:
-    """Tiles of whole rows of eight pixels: of one image, or of two where they are low."""
+    """Tiles of whole rows of eight pixels, or columns: of one image, or of two where they are low."""
+    # Upright where that needs fewer tiles.
+    ways = (False, True) if problem.height % 8 == 0 and problem.width % 8 > 0 else (False,)
     for bm, bn, warps, depths, boxes in _COLUMN_SHAPES:
-        for images in (1, 2):
-            by = bm // (8 * images)
-            # Not more rows of zeros than half a tile, nor images.
-            if images > problem.images or by >= 2 * problem.height:
+        for images, upright in itertools.product((1, 2), ways):
+            length = bm // (8 * images)
+            # Not more rows of zeros than half a tile, nor images; a square stands and lies.
+            far = length >= 2 * (problem.width if upright else problem.height)
+            if images > problem.images or far or (upright and length == 8):
                 continue
-            for stages in depths:
-                for columns in boxes:
-                    yield Config(bm, bn, 64, warps, stages, 1, by, 8, columns)
+            by, bx = (8, length) if upright else (length, 8)
+            for stages, columns in itertools.product(depths, boxes):
+                yield Config(bm, bn, 64, warps, stages, 1, by, bx, columns)
+
+
+# Longer sums leave their rows no room, and gain little.
+_LONGEST_RESIDENT = 640
+
+
+def _stays(problem: Problem, config: Config) -> bool:
+    """Whether the kernel whose rows stay can run a problem: a linear layer of few channels; tiles up to 256 wide."""
+    plain = problem.taps == 1 and not problem.tail and not problem.fp8 and config.splits == 1 and not config.columns
+    rows = (config.by, config.bx) == (1, config.bm) and config.bm >= 16 * config.warps and config.stages > 1
+    columns = config.bn >= 32 and config.bn * (2 if problem.gated else 1) <= 256
+    return plain and rows and columns and problem.cin <= _LONGEST_RESIDENT and config.teams in (1, 2)
+
+
+# The same of the kernel whose rows stay: rows, channels (of gated layers half as many), warps of a team, and teams.
+_RESIDENT_SHAPES = (
+    (64, 64, 4, 1),
+    (64, 128, 4, 1),
+    (64, 128, 4, 2),
+    (64, 256, 4, 2),
+    (128, 64, 4, 1),
+    (128, 64, 4, 2),
+    (128, 128, 4, 1),
+    (128, 128, 4, 2),
+    (128, 128, 8, 1),
+    (256, 64, 8, 1),
+    (256, 64, 8, 2),
+    (256, 128, 8, 1),
+)
+# A program that takes all of a processor's memory would keep the next kernel's from beginning early.
+_RESIDENT_DEPTHS = (6, 5, 4, 3, 2)
+
+
+def _resident_shapes(problem: Problem, card: Card) -> Iterator[Config]:
+    """Each tile with the two walks that look best, and as many blocks in flight as there is room for."""
+    # Two programs of one team share a processor where the memory suffices; each takes 1 KB of it for the system.
+    half = (card.shared_memory + 1024) // 2 - 1024
+    for bm, wide, warps, teams in _RESIDENT_SHAPES:
+        config = Config(bm, wide // 2 if problem.gated else wide, 64, warps, 2, by=1, bx=bm, teams=teams, walk=1)
+        shared = teams == 1 and shared_bytes(problem, config) <= half
+        room = half if shared else card.shared_memory
+        depths = [depth for depth in _RESIDENT_DEPTHS if shared_bytes(problem, config._replace(stages=depth)) <= room]
+        if depths:
+            places = card.processors * (2 if shared else 1)
+            for walk in _walks(problem, config, places):
+                yield config._replace(stages=depths[0], walk=walk)
+
+
+def _walks(problem: Problem, config: Config, places: int) -> List[int]:
+    """The two walks of the least time: so many tiles and, for its start, one more, for each round of programs."""
+    rows, columns = problem.nets * row_tiles(problem, config), -(-problem.n // config.bn)
+    times = {}
+    for groups in range(1, columns // config.teams + 1):
+        walk = -(-columns // groups)
+        rounds = -(-rows * -(-columns // walk) // places)
+        times[walk] = rounds * (-(-walk // config.teams) * config.teams + 1)
+    return sorted(times, key=lambda walk: (times[walk], -walk))[:2]
 
 
 def _boxes(problem: Problem, card: Card) -> bool:
@@ -314,6 +396,8 @@ def _shapes(problem: Problem, card: Card) -> Iterator[Config]:
                 yield Config(bm, bn, 64 if problem.cin >= 64 else 32, warps, stages, 1, *box(problem, bm))
         if problem.taps > 1:
             yield from _column_shapes(problem)
+        elif problem.cin >= 64:
+            yield from _resident_shapes(problem, card)
 
 
 def candidates(problem: Problem, card: Card) -> List[Config]:
@@ -326,6 +410,8 @@ def candidates(problem: Problem, card: Card) -> List[Config]:
             config = shape._replace(splits=splits)
             programs = tiles(problem, config) * splits
             too_many = splits > 1 and programs > 2.5 * card.processors
+            if config.walk:
+                programs = -(-programs // config.walk)
             too_few = programs < 0.4 * card.processors and splits < _SPLITS[-1]
             if fits(problem, config, card) and not too_many and (not too_few or problem.gated):
                 found.append(config)
@@ -403,7 +489,7 @@ class Tuning:
         found = self.table.get(problem._replace(fp8=False).key()) if problem.fp8 else None
         if found is None:
             return None
-        config = Config(*found)
+        config = Config(*found)._replace(teams=1, walk=0)
         offered = [config, config._replace(warps=2 * config.warps)] if self.card.boxes or not config.bx else []
         return next((one for one in offered if one.warps <= 8 and fits(problem, one, self.card)), None)
 

@@ -78,7 +78,10 @@ public:
         int failures = checkRefusals(mStream);
         for (int i = 0; i < mOptions.cases; ++i) {
             check(cudaSetDevice(i % static_cast<int>(emulation::devices().size())), "device");
-            failures += runCase(i < 2 ? muchShared(i == 0 ? Layout::kNCHW : Layout::kNHWC) : choose());
+            failures += runCase(i == 0       ? muchShared(Layout::kNCHW)
+                                    : i == 1 ? muchShared(Layout::kNHWC)
+                                    : i == 2 ? farFirst()
+                                             : choose());
         }
         emulation::Coverage const kernels = emulation::coverage();
         for (auto const& [parts, count] : mParts) {
@@ -109,6 +112,23 @@ private:
         auto const least = std::min_element(
             plans.begin(), plans.end(), [&](Plan const& a, Plan const& b) { return excess(a) < excess(b); });
         choice.plan = static_cast<size_t>(least - plans.begin());
+        return choice;
+    }
+
+    // One thread begins with a value far from all others, which come one by one, as many of them as any plan has.
+    static Choice farFirst() {
+        Choice choice;
+        choice.c.params = sd15Params({1, 132, 8000}, Layout::kNCHW);
+        choice.c.params.groups = 132;
+        choice.c.params.dataType = choice.c.params.parameterType = choice.c.params.biasType = DataType::kFloat;
+        choice.c.params.activation = Activation::kNone;
+        choice.c.kind = Kind::kOutlierFirst;
+        choice.c.shift = 1;
+        std::vector<Plan> const plans = plansOf(choice.c);
+        auto const threads = [](Plan const& plan) { return plan.tiles * plan.threads; };
+        auto const fewest = std::min_element(
+            plans.begin(), plans.end(), [&](Plan const& a, Plan const& b) { return threads(a) < threads(b); });
+        choice.plan = static_cast<size_t>(fewest - plans.begin());
         return choice;
     }
 

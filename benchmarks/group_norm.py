@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import os
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,6 +24,8 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from cldm.machine import available_cores  # noqa: E402
 
 LAYOUTS = ("nhwc", "nchw")
 LARGE_MAP = 8 << 20  # bytes; what a map must exceed to be held to the copy's bandwidth
@@ -187,11 +190,49 @@ def allow_many_compilations() -> None:
             setattr(torch._dynamo.config, name, 4096)
 
 
+def compile_one(norm: Norm, layout: str, mode: str) -> Callable[..., Any]:
+    """The compiled formula, called once."""
+    import torch
+
+    function = torch.compile(pytorch_formula(norm), fullgraph=True, dynamic=False, mode=mode)
+    inputs, parameters = make_tensors(norm, layout, 1)
+    function(inputs[0], *parameters)
+    return function
+
+
+def compile_ahead(argv: Sequence[str], workers: int, seconds: float) -> int:
+    """Let processes of their own compile the same side by side, for the compiler's cache on disk; how many succeeded.
+
+    Parameters
+    ----------
+    argv : sequence of str
+        This program's arguments.
+    workers : int
+    seconds : float
+        Those that take longer are stopped.
+    """
+    # Which kernel is the fastest is measured by whoever times them, when nothing else runs.
+    environment = {**os.environ, "TORCHINDUCTOR_AUTOTUNE_LOCAL_CACHE": "0", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    command = [sys.executable, __file__, *argv, "--compile-share"]
+    running = [
+        subprocess.Popen([*command, f"{k}/{workers}"], env=environment, stdout=subprocess.DEVNULL)
+        for k in range(workers)
+    ]
+    end = time.monotonic() + seconds
+    try:
+        while time.monotonic() < end and any(process.poll() is None for process in running):
+            time.sleep(0.1)
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    return sum(process.returncode == 0 for process in running)
+
+
 def compile_all(
     jobs: Sequence[Tuple[Counted, str]], mode: str, budget: float
 ) -> Tuple[Dict[Tuple[Norm, str], Callable[..., Any]], float]:
     """Compiled forms of the formula by norm and layout, until `budget` seconds are over; and the seconds taken."""
-    import torch
     from tqdm import tqdm
 
     allow_many_compilations()
@@ -200,10 +241,7 @@ def compile_all(
     for counted, layout in tqdm(jobs, desc=f"torch.compile {mode}", mininterval=5):
         if time.monotonic() - start > budget:
             break
-        function = torch.compile(pytorch_formula(counted.norm), fullgraph=True, dynamic=False, mode=mode)
-        inputs, parameters = make_tensors(counted.norm, layout, 1)
-        function(inputs[0], *parameters)
-        compiled[counted.norm, layout] = function
+        compiled[counted.norm, layout] = compile_one(counted.norm, layout, mode)
     return compiled, time.monotonic() - start
 
 
@@ -425,13 +463,22 @@ def parse_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
         "--compile-mode", default="max-autotune-no-cudagraphs", help="of torch.compile; none: leave out"
     )
     parser.add_argument("--compile-budget", type=float, default=150, help="seconds; norms left then are not compared")
+    parser.add_argument(
+        "--compile-workers",
+        type=int,
+        default=min(12, available_cores()),
+        help="processes that compile ahead, side by side; 1: none (default: cores, at most 12)",
+    )
     parser.add_argument("--tolerance", type=float, default=0.02, help="by how much ours may be slower than compiled")
     parser.add_argument(
         "--no-overlap", action="store_true", help="our kernels begin only when the one ahead has ended, as others do"
     )
     parser.add_argument("--output", type=Path, help="JSON file for all numbers")
     parser.add_argument("--shapes-only", action="store_true", help="print the list of norms; needs no GPU")
-    return parser.parse_args(argv)
+    parser.add_argument("--compile-share", metavar="K/N", help=argparse.SUPPRESS)  # only compile every N-th norm
+    args = parser.parse_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
+    return args
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -446,7 +493,25 @@ def main(argv: Optional[List[str]] = None) -> int:
         print("no CUDA device; --shapes-only runs without one", file=sys.stderr)
         return 1
     with torch.no_grad():
+        if args.compile_share is not None:
+            k, n = (int(number) for number in args.compile_share.split("/"))
+            jobs = [(c, layout) for c in counted for layout in args.layouts]
+            compile_all(jobs[k::n], args.compile_mode, args.compile_budget)
+            return 0
         return benchmark(args, counted)
+
+
+def compile_jobs(
+    args: argparse.Namespace, jobs: Sequence[Tuple[Counted, str]]
+) -> Tuple[Dict[Tuple[Norm, str], Callable[..., Any]], float]:
+    """Compiled forms by norm and layout, those that the budget allowed, and the seconds that all of it took."""
+    begin = time.monotonic()
+    if args.compile_workers > 1:
+        done = compile_ahead(args.argv, args.compile_workers, args.compile_budget / 2)
+        print(f"compiled ahead by {done} of {args.compile_workers} processes in {time.monotonic() - begin:.0f} s")
+    left = args.compile_budget - (time.monotonic() - begin)
+    compiled, _ = compile_all(jobs, args.compile_mode, left)
+    return compiled, time.monotonic() - begin
 
 
 def benchmark(args: argparse.Namespace, counted: Sequence[Counted]) -> int:
@@ -476,7 +541,7 @@ def benchmark(args: argparse.Namespace, counted: Sequence[Counted]) -> int:
     jobs = [(c, layout) for c in counted for layout in args.layouts]
     compiled: Dict[Tuple[Norm, str], Callable[..., Any]] = {}
     if args.compile_mode != "none":
-        compiled, about["compile_seconds"] = compile_all(jobs, args.compile_mode, args.compile_budget)
+        compiled, about["compile_seconds"] = compile_jobs(args, jobs)
     rows = [
         measure(c, layout, compiled.get((c.norm, layout)), bandwidth, l2, args.rounds)
         for c, layout in tqdm(jobs, desc="timing", mininterval=5)

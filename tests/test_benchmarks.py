@@ -550,3 +550,12 @@ def test_command_refuses_bad_arguments(arguments: List[str], message: str, capsy
     with pytest.raises(SystemExit):
         images.parse_arguments(["--device", "cpu", *arguments])
     assert message in capsys.readouterr().err
+
+
+def test_processes_that_compile_norms_ahead_end_with_their_time() -> None:
+    """None of them is waited for, and none is left."""
+    from benchmarks import group_norm
+
+    begin = time.monotonic()
+    assert group_norm.compile_ahead(["--limit", "1"], workers=2, seconds=0.2) == 0
+    assert time.monotonic() - begin < 5

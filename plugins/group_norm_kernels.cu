@@ -270,7 +270,8 @@ struct Run {
     }
 };
 
-// Sums of a thread's elements about the mean of its first pack, or a later one. Of a pack, `biasOf(j)` is added to element j.
+// Sums of a thread's elements about the mean of its first pack, or of all so far (`recentre`). Of a pack, `biasOf(j)` is
+// added to element j.
 template <typename T, int V>
 struct ThreadSums {
     static constexpr int kChains = V > 1 ? 2 : 1;  // of additions, which wait for one another
@@ -308,6 +309,7 @@ struct ThreadSums {
     }
     // About the mean so far: each time that the count has doubled, the distances from a first outlier halve.
     __device__ __forceinline__ void recentre() {
+        static_assert(V > 1 || kChains == 1, "one chain is looked at");
         float const mean = sum[0] * reciprocalFast(static_cast<float>(packs));
         float const deviations = squares[0] - sum[0] * mean;
         squares[0] = deviations < 0.0F ? 0.0F : deviations;  // NaN is not below zero and stays

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import Any, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import nn
 from runtime.fused.fp8 import factor_of, quantise
 from runtime.fused.ops import Fused, Weights
 from runtime.fused.packing import Packer
-from runtime.fused.tuning import Card, Config, Problem
+from runtime.fused.tuning import Card, Config, Problem, box, fits
 
 CARD = Card("a card of tests", 80, 16, 99 * 1024)
 # Of a result that is rounded to the nearest once; uniform rounding gives 1.4e-4 to 2.8e-4.
@@ -348,3 +348,38 @@ ATTENTIONS: Dict[str, Attention] = {
     "one query": Attention(40, queries=1, images=2, length=1),
     "keys that fill their blocks": Attention(16, keys=32),
 }
+
+
+# Whole blocks of channels, as the kernels with boxes want them, and sides that no tile divides.
+RAGGED = {
+    "conv": Matmul("conv", nets=2, batch=3, height=9, width=7, cin=64, n=40, margin=8, residual=3, shift=True),
+    "tail": Matmul("conv", nets=2, batch=3, height=3, width=5, cin=128, n=24, tail=64, margin=8),
+    "up": Matmul("up", batch=3, height=5, width=3, cin=128, n=24),
+    "upright": Matmul("conv", batch=2, height=8, width=12, cin=64, n=72, act="silu"),
+    "stride 2": Matmul("conv", nets=2, batch=3, height=6, width=10, cin=64, n=24, stride=2),
+}
+
+
+def boxed(case: Matmul, splits: int, card: Card) -> List[Config]:
+    """Configurations of the kernel for compute capability 9.0 where it can run a case, however small."""
+    problem = case.problem()
+    # TMA's rows are whole multiples of 16 bytes: 8 numbers, and 16 of FP8 weights.
+    aligned = all(number % 8 == 0 for number in (case.cin, case.tail, case.margin))
+    if not card.boxes or case.cin < 32 or not aligned or (case.stride > 1 and case.cin % 64):
+        return []
+    bk = 64 if case.cin >= 64 else 32
+    shapes = ((64, 32, 4, 3), (128, 64, 4, 4))
+    made = [Config(bm, bn, bk, warps, stages, splits, *box(problem, bm)) for bm, bn, warps, stages in shapes]
+    # And of the one whose taps share boxes, with tiles of one image and of two.
+    made += [
+        Config(bm, bn, bk, warps, stages, splits, by, 8, boxes)
+        for bm, bn, warps, stages, by, boxes in ((64, 64, 4, 3, 8, 2), (64, 128, 4, 4, 4, 3), (128, 64, 8, 4, 16, 2))
+    ]
+    # With eight pixels down.
+    made.append(Config(64, 64, bk, 4, 4, splits, 8, 4, 3))
+    # And of the one whose rows stay: tiles behind the last, a team without tiles, rings longer than a walk.
+    made += [
+        Config(bm, bn, bk, 4, stages, splits, by=1, bx=bm, teams=teams, walk=walk)
+        for bm, bn, stages, teams, walk in ((64, 32, 2, 1, 1), (128, 32, 3, 1, 2), (64, 64, 3, 2, 1), (64, 32, 2, 2, 5))
+    ]
+    return [config for config in made if fits(problem, config, card)]

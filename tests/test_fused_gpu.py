@@ -19,10 +19,10 @@ from ldm.exact import exact_fp32
 from runtime.fused.fp8 import input_ranges, worthwhile
 from runtime.fused.ops import Fused
 from runtime.fused.session import FusedSession
-from runtime.fused.tuning import Card, Config, Tuning, attention_candidates, box, candidates, estimate, fits
+from runtime.fused.tuning import Card, Config, Tuning, attention_candidates, candidates, estimate
 from runtime.torch_session import TorchSession
 from scoring.pictures import OWN_FOLDER
-from tests.fused_cases import ATTENTIONS, FP8_ERROR, MATMULS, Matmul, Operands, relative
+from tests.fused_cases import ATTENTIONS, FP8_ERROR, MATMULS, RAGGED, Matmul, Operands, boxed, relative
 from tests.fused_kernel_cases import KERNELS
 from tests.fused_network_cases import compare
 
@@ -62,31 +62,6 @@ def picture() -> np.ndarray:
     return cv2.imread(str(OWN_FOLDER / "eagle.jpg"))
 
 
-def boxed(case: Matmul, splits: int, card: Card) -> List[Config]:
-    """Configurations of the kernel for compute capability 9.0 where it can run a case, however small."""
-    problem = case.problem()
-    # TMA's rows are whole multiples of 16 bytes: 8 numbers, and 16 of FP8 weights.
-    aligned = all(number % 8 == 0 for number in (case.cin, case.tail, case.margin))
-    if not card.boxes or case.cin < 32 or not aligned or (case.stride > 1 and case.cin % 64):
-        return []
-    bk = 64 if case.cin >= 64 else 32
-    shapes = ((64, 32, 4, 3), (128, 64, 4, 4))
-    made = [Config(bm, bn, bk, warps, stages, splits, *box(problem, bm)) for bm, bn, warps, stages in shapes]
-    # And of the one whose taps share boxes, with tiles of one image and of two.
-    made += [
-        Config(bm, bn, bk, warps, stages, splits, by, 8, boxes)
-        for bm, bn, warps, stages, by, boxes in ((64, 64, 4, 3, 8, 2), (64, 128, 4, 4, 4, 3), (128, 64, 8, 4, 16, 1))
-    ]
-    # With eight pixels down.
-    made.append(Config(64, 64, bk, 4, 4, splits, 8, 4, 3))
-    # And of the one whose rows stay: tiles behind the last, a team without tiles, rings longer than a walk.
-    made += [
-        Config(bm, bn, bk, 4, stages, splits, by=1, bx=bm, teams=teams, walk=walk)
-        for bm, bn, stages, teams, walk in ((64, 32, 2, 1, 1), (128, 32, 3, 1, 2), (64, 64, 3, 2, 1), (64, 32, 2, 2, 5))
-    ]
-    return [config for config in made if fits(problem, config, card)]
-
-
 def check_product(operands: Operands, run: Fused, config: Config) -> None:
     found = operands.run(run, config, repeats=2)
     torch.cuda.synchronize()
@@ -101,7 +76,7 @@ def needs_fp8(card: Card) -> None:
 
 @pytest.mark.parametrize("name", MATMULS)
 def test_small_products(name: str, card: Card) -> None:
-    """Both kernels, with and without programmatic launch."""
+    """All kernels, with and without programmatic launch."""
     case, config = MATMULS[name]
     if case.fp8:
         needs_fp8(card)
@@ -110,6 +85,18 @@ def test_small_products(name: str, card: Card) -> None:
     configs = [config, estimate(case.problem(), card), *boxed(case, config.splits, card)]
     for i, chosen in enumerate(configs):
         check_product(operands, runs[i % 2], chosen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", RAGGED)
+def test_boxes_that_stick_out_of_their_maps(name: str, dtype: torch.dtype, card: Card) -> None:
+    if not card.boxes:
+        pytest.skip("the boxes are for compute capability 9.0")
+    operands = Operands(RAGGED[name], "cuda", dtype)
+    runs = [Fused(Tuning(card), dtype, pdl=pdl) for pdl in (False, True)]
+    for splits in (1, 3):
+        for i, config in enumerate(boxed(RAGGED[name], splits, card)):
+            check_product(operands, runs[i % 2], config)
 
 
 def check_tiles(operands: Operands, offered: List[Config], card: Card) -> None:

@@ -55,24 +55,20 @@ def _load_column(
     base = place * ((BY + NT - 1) * BB)
     box = pool.index(base)._reinterpret(x.dtype, x.block_type.shape, x.layout)
     block = column // NT
+    of_map = True
     if HAS_TAIL:
-        if column < NT * blocks:
-            mbarrier.expect(bar, x.block_type.nbytes + halo.block_type.nbytes)
-            rest = pool.index(base + BY * BB)._reinterpret(x.dtype, halo.block_type.shape, halo.layout)
-            across = x0 + column - block * NT
-            tma.async_copy_global_to_shared(x, [x_net, y0, b0, across, block * BK], bar, box)
-            tma.async_copy_global_to_shared(halo, [x_net, y0 + BY, b0, across, block * BK], bar, rest)
-        else:
-            mbarrier.expect(bar, x.block_type.nbytes)
-            # The tail is not moved: one row and one pixel further than the first tap of a convolution of nine.
-            c = (column - NT * blocks) * BK
-            tma.async_copy_global_to_shared(tail, [x_net, y0 + 1, b0, x0 + 1, c], bar, box)
-    else:
+        of_map = column < NT * blocks
+    if of_map:
         mbarrier.expect(bar, x.block_type.nbytes + halo.block_type.nbytes)
         rest = pool.index(base + BY * BB)._reinterpret(x.dtype, halo.block_type.shape, halo.layout)
         across = x0 + column - block * NT
         tma.async_copy_global_to_shared(x, [x_net, y0, b0, across, block * BK], bar, box)
         tma.async_copy_global_to_shared(halo, [x_net, y0 + BY, b0, across, block * BK], bar, rest)
+    else:
+        mbarrier.expect(bar, x.block_type.nbytes)
+        # The tail is not moved: one row and one pixel further than the first tap of a convolution of nine.
+        c = (column - NT * blocks) * BK
+        tma.async_copy_global_to_shared(tail, [x_net, y0 + 1, b0, x0 + 1, c], bar, box)
 
 
 @gluon.jit(
@@ -180,7 +176,7 @@ def column_conv_kernel(
     # In blocks: NT a column, and one of the tail.
     begin = NT * gl.minimum(first, convs) + gl.maximum(first - convs, 0)
     end = NT * gl.minimum(last, convs) + gl.maximum(last - convs, 0)
-    # Or else the path around the loop, with its sums of zeros, makes the assembler wait for each product.
+    # Without this the compiler keeps a path around the loop, and the assembler lets one product wait for the other.
     gl.assume(begin < end)
 
     flat: gl.constexpr = gl.NVMMASharedLayout(

@@ -63,13 +63,14 @@ def _load_pixels(
         row = y0 - (dy < 0).to(gl.int32)
         column = x0 - (dx < 0).to(gl.int32)
         tma.async_copy_global_to_shared(x, [b0, row, odd_y, column, (dx & 1) * cin + c], bar, a)
-    elif HAS_TAIL:
-        if tap < TAPS:
+    else:
+        of_map = True
+        if HAS_TAIL:
+            of_map = tap < TAPS
+        if of_map:
             tma.async_copy_global_to_shared(x, [x_net, b0, y0 + dy, x0 + dx, c], bar, a)
         else:
             tma.async_copy_global_to_shared(tail, [x_net, b0, y0, x0, (k - TAPS * blocks) * BK], bar, a)
-    else:
-        tma.async_copy_global_to_shared(x, [x_net, b0, y0 + dy, x0 + dx, c], bar, a)
 
 
 @gluon.constexpr_function
@@ -259,7 +260,8 @@ def tma_matmul_kernel(
         first = split * each
         last = gl.minimum(first + each, total)
     else:
-        # Or else the path around the loop, with its sums of zeros, makes the assembler wait for each product.
+        # Without this the compiler keeps a path around the loop, and the assembler then lets one product wait for the
+        # other.
         gl.assume(first < last)
 
     a_slots = gl.allocate_shared_memory(x.dtype, [STAGES] + x.block_type.shape, x.layout)

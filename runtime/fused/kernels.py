@@ -22,7 +22,7 @@ def _sigmoid(x):
 
 @triton.jit
 def activate(x, ACT: tl.constexpr):
-    """Of FP32 values; the Gluon kernel calls it too."""
+    """Of FP32 values; the Gluon kernels call it too."""
     if ACT == "silu":
         x = x * _sigmoid(x)
     elif ACT == "quick_gelu":

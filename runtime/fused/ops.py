@@ -99,7 +99,7 @@ class Affine(NamedTuple):
 
 
 class _Epilogue:
-    """What both products do with their sums, in the order in which both kernels take it."""
+    """What all products do with their sums, in the order in which the kernels take it."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class _Epilogue:
         }
 
     def options(self, config: Config) -> Dict[str, Any]:
-        """Compile-time values that both kernels have."""
+        """Compile-time values that the kernels have."""
         return {
             **self._flags,
             "TAPS": self._problem.taps,

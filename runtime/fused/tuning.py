@@ -72,8 +72,8 @@ class Config(NamedTuple):
     """Tile of a program, its warps, blocks of the sum in flight, and programs that share one tile's sum.
 
     With `bx` the kernel for compute capability 9.0 runs, on boxes of bm / (by bx) images x by x bx pixels; with
-    `columns` as well the one whose taps share boxes, so many of which are in flight, eight pixels wide, or
-    high where bx is not 8. With `walk` the one whose rows stay runs: a program of `teams` times the warps takes so many
+    `columns` as well the one whose taps share boxes, so many of which are in flight, eight pixels wide, or eight high
+    where bx is not 8. With `walk` the one whose rows stay runs: a program of `teams` times the warps takes so many
     tiles of channels.
     """
 
@@ -186,13 +186,29 @@ def box(problem: Problem, bm: int) -> Tuple[int, int]:
     return best[2], best[3]
 
 
+def _box_is_whole(problem: Problem, config: Config, card: Card) -> bool:
+    """Whether a configuration is one that the kernels for compute capability 9.0 compile for and compute all of."""
+    sizes = (config.bm, config.bn, config.bk, config.by, config.bx)
+    powers = min(sizes) > 0 and all(size & (size - 1) == 0 for size in sizes)
+    if not (_boxes(problem, card) and powers and max(config.by, config.bx, config.bn) <= 256):
+        return False
+    runs = config.warps in (4, 8) and config.bm >= 16 * config.warps and config.stages > 1
+    line = (config.by, config.bx) == (1, config.bm)
+    cut = line if problem.taps == 1 else config.bm % (config.by * config.bx) == 0
+    # A strided map's odd pixels lie behind the even ones' channels.
+    return runs and cut and (problem.stride == 1 or problem.cin % config.bk == 0)
+
+
 def fits(problem: Problem, config: Config, card: Card) -> bool:
     """Whether a configuration can run a problem on a card."""
+    boxed = config.bx or config.by or config.columns or config.walk
+    if boxed and not _box_is_whole(problem, config, card):
+        return False
     if shared_bytes(problem, config) > card.shared_memory or (problem.gated and config.splits > 1):
         return False
-    if config.columns and not _shares_boxes(problem, config):
+    if config.columns and (config.columns < 2 or not _shares_boxes(problem, config)):
         return False
-    if config.walk and not _stays(problem, config):
+    if config.walk and (config.walk < 0 or not _stays(problem, config)):
         return False
     # A block's FP8 products are summed apart, and the kernel of 9.0 reads one block of the map ahead.
     if problem.fp8 and (config.bk < 32 or (config.bx and config.stages < 3)):
@@ -224,7 +240,7 @@ _SHAPES = (
     (16, 64, 2, (4, 6)),
     (128, 16, 4, (4,)),
 )
-_SPLITS = (1, 2, 3, 4, 6, 8, 12)
+_SPLITS = (1, 2, 3, 4, 6, 7, 8, 9, 12)
 
 
 # The same for the kernel of compute capability 9.0.
@@ -338,6 +354,8 @@ def _resident_shapes(problem: Problem, card: Card) -> Iterator[Config]:
     # Two programs of one team share a processor where the memory suffices; each takes 1 KB of it for the system.
     half = (card.shared_memory + 1024) // 2 - 1024
     for bm, wide, warps, teams in _RESIDENT_SHAPES:
+        if (bm, teams) == (256, 2) and not problem.gated:
+            continue  # it spills where there is a residual
         config = Config(bm, wide // 2 if problem.gated else wide, 64, warps, 2, by=1, bx=bm, teams=teams, walk=1)
         shared = teams == 1 and shared_bytes(problem, config) <= half
         room = half if shared else card.shared_memory
@@ -381,7 +399,7 @@ def _fp8_shapes(problem: Problem, card: Card) -> Iterator[Config]:
 
 
 def _shapes(problem: Problem, card: Card) -> Iterator[Config]:
-    """Tiles without splits, of both kernels."""
+    """Tiles without splits, of all kernels."""
     if problem.fp8:
         yield from _fp8_shapes(problem, card)
         return
@@ -480,7 +498,7 @@ class Tuning:
         found = self.table.get(problem.key())
         if found is not None:
             config = Config(*found)
-            if fits(problem, config, self.card) and (not config.bx or self.card.boxes):
+            if fits(problem, config, self.card):
                 return config
         return self._of_fp16(problem) or estimate(problem, self.card)
 
@@ -489,8 +507,8 @@ class Tuning:
         found = self.table.get(problem._replace(fp8=False).key()) if problem.fp8 else None
         if found is None:
             return None
-        config = Config(*found)._replace(teams=1, walk=0)
-        offered = [config, config._replace(warps=2 * config.warps)] if self.card.boxes or not config.bx else []
+        config = Config(*found)._replace(columns=0, teams=1, walk=0)
+        offered = (config, config._replace(warps=2 * config.warps))
         return next((one for one in offered if one.warps <= 8 and fits(problem, one, self.card)), None)
 
     def attention(self, problem: AttentionProblem) -> AttentionConfig:
@@ -539,5 +557,14 @@ def _numbers(key: str, text: str) -> List[int]:
 
 def write_table(path: Path, card: Card, versions: Mapping[str, str], table: Mapping[str, Sequence[int]]) -> None:
     """Write configurations, and on what they were measured."""
-    configs = {key: " ".join(str(number) for number in numbers) for key, numbers in table.items()}
+    configs = {key: " ".join(str(number) for number in _row(key, numbers)) for key, numbers in table.items()}
     write_json(path, {"card": card._asdict(), "versions": dict(versions), "configs": configs})
+
+
+def _row(key: str, numbers: Sequence[int]) -> Sequence[int]:
+    """What a file needs of a row: the fields that have defaults are left out from the end while they have them."""
+    row = list(numbers)
+    if "attention" not in key:
+        while len(row) > 6 and row[-1] == Config._field_defaults[Config._fields[len(row) - 1]]:
+            row.pop()
+    return row

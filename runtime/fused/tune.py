@@ -165,7 +165,7 @@ def tune(
         )
     questions.sort(key=lambda question: -question.work)
     count = sum(len(question.configs) for question in questions)
-    report(f"tuning {len(questions)} kernels' tile sizes for {card.name}: {count} candidates, a minute or two, once")
+    report(f"tuning {len(questions)} kernels' tile sizes for {card.name}: {count} candidates, some minutes, once")
     # Where a candidate fails is seen when it is timed.
     run_all(
         (

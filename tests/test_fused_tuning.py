@@ -244,6 +244,9 @@ LINEAR = Problem(2, 768, 640, 640, height=1, width=768)
         (CONV, [128, 64, 48, 4, 4, 1, 16, 8]),
         (CONV, [128, 64, 64, 3, 4, 1, 16, 8]),
         (CONV, [64, 64, 64, 8, 4, 1, 8, 8]),
+        (CONV, [64, 4, 64, 4, 4, 1, 8, 8]),  # less than a product takes
+        (CONV, [64, 64, 8, 4, 4, 1, 8, 8]),
+        (CONV, [512, 16, 16, 8, 2, 1, 1, 1]),  # more images than a box has
         (STRIDED, [64, 64, 128, 4, 4, 1, 8, 8]),  # the second half of a block would be another pixel's
         (LINEAR, [64, 64, 64, 4, 4, 1, 8, 8]),  # fewer programs than boxes
         (LINEAR, [64, 64, 64, 4, 3, 1, 1, 64, 0, 1, -1]),

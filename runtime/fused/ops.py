@@ -760,7 +760,7 @@ class Fused:
 
 
 def _variant(kernel: Any, operands: Sequence[Any], options: Mapping[str, Any]) -> Tuple[Any, ...]:
-    """What Triton compiles a launch for: types, divisibility by 16, ones, and compile-time values."""
+    """What Triton compiles a launch for: types, divisibility by 16, ones, boxes, and compile-time values."""
     kinds: List[Any] = []
     for operand in operands:
         if isinstance(operand, torch.Tensor):
@@ -768,7 +768,7 @@ def _variant(kernel: Any, operands: Sequence[Any], options: Mapping[str, Any]) -
         elif isinstance(operand, int):
             kinds.append((operand == 1, operand % 16 == 0, operand < 2**31))
         else:
-            kinds.append(type(operand))
+            kinds.append((type(operand), tuple(getattr(operand, "block_shape", ()))))
     return (kernel, tuple(kinds), tuple(sorted(options.items())))
 
 

@@ -192,6 +192,9 @@ def _box_is_whole(problem: Problem, config: Config, card: Card) -> bool:
     powers = min(sizes) > 0 and all(size & (size - 1) == 0 for size in sizes)
     if not (_boxes(problem, card) and powers and max(config.by, config.bx, config.bn) <= 256):
         return False
+    # A product takes 8 channels and 16 numbers of the sum at least, and a box 256 images at most.
+    if config.bn < 8 or config.bk < 16 or config.bm > 256 * config.by * config.bx:
+        return False
     runs = config.warps in (4, 8) and config.bm >= 16 * config.warps and config.stages > 1
     line = (config.by, config.bx) == (1, config.bm)
     cut = line if problem.taps == 1 else config.bm % (config.by * config.bx) == 0

@@ -190,16 +190,6 @@ def allow_many_compilations() -> None:
             setattr(torch._dynamo.config, name, 4096)
 
 
-def compile_one(norm: Norm, layout: str, mode: str) -> Callable[..., Any]:
-    """The compiled formula, called once."""
-    import torch
-
-    function = torch.compile(pytorch_formula(norm), fullgraph=True, dynamic=False, mode=mode)
-    inputs, parameters = make_tensors(norm, layout, 1)
-    function(inputs[0], *parameters)
-    return function
-
-
 def compile_ahead(argv: Sequence[str], workers: int, seconds: float) -> int:
     """Let processes of their own compile the same side by side, for the compiler's cache on disk; how many succeeded.
 
@@ -231,8 +221,9 @@ def compile_ahead(argv: Sequence[str], workers: int, seconds: float) -> int:
 
 def compile_all(
     jobs: Sequence[Tuple[Counted, str]], mode: str, budget: float
-) -> Tuple[Dict[Tuple[Norm, str], Callable[..., Any]], float]:
-    """Compiled forms of the formula by norm and layout, until `budget` seconds are over; and the seconds taken."""
+) -> Dict[Tuple[Norm, str], Callable[..., Any]]:
+    """Compiled forms of the formula by norm and layout, until `budget` seconds are over."""
+    import torch
     from tqdm import tqdm
 
     allow_many_compilations()
@@ -241,8 +232,11 @@ def compile_all(
     for counted, layout in tqdm(jobs, desc=f"torch.compile {mode}", mininterval=5):
         if time.monotonic() - start > budget:
             break
-        compiled[counted.norm, layout] = compile_one(counted.norm, layout, mode)
-    return compiled, time.monotonic() - start
+        function = torch.compile(pytorch_formula(counted.norm), fullgraph=True, dynamic=False, mode=mode)
+        inputs, parameters = make_tensors(counted.norm, layout, 1)
+        function(inputs[0], *parameters)
+        compiled[counted.norm, layout] = function
+    return compiled
 
 
 # The clock.
@@ -492,29 +486,16 @@ def main(argv: Optional[List[str]] = None) -> int:
     if not torch.cuda.is_available():
         print("no CUDA device; --shapes-only runs without one", file=sys.stderr)
         return 1
+    jobs = [(c, layout) for c in counted for layout in args.layouts]
     with torch.no_grad():
         if args.compile_share is not None:
             k, n = (int(number) for number in args.compile_share.split("/"))
-            jobs = [(c, layout) for c in counted for layout in args.layouts]
             compile_all(jobs[k::n], args.compile_mode, args.compile_budget)
             return 0
-        return benchmark(args, counted)
+        return benchmark(args, jobs)
 
 
-def compile_jobs(
-    args: argparse.Namespace, jobs: Sequence[Tuple[Counted, str]]
-) -> Tuple[Dict[Tuple[Norm, str], Callable[..., Any]], float]:
-    """Compiled forms by norm and layout, those that the budget allowed, and the seconds that all of it took."""
-    begin = time.monotonic()
-    if args.compile_workers > 1:
-        done = compile_ahead(args.argv, args.compile_workers, args.compile_budget / 2)
-        print(f"compiled ahead by {done} of {args.compile_workers} processes in {time.monotonic() - begin:.0f} s")
-    left = args.compile_budget - (time.monotonic() - begin)
-    compiled, _ = compile_all(jobs, args.compile_mode, left)
-    return compiled, time.monotonic() - begin
-
-
-def benchmark(args: argparse.Namespace, counted: Sequence[Counted]) -> int:
+def benchmark(args: argparse.Namespace, jobs: Sequence[Tuple[Counted, str]]) -> int:
     import torch
     from tqdm import tqdm
 
@@ -538,10 +519,15 @@ def benchmark(args: argparse.Namespace, counted: Sequence[Counted]) -> int:
         "compile_mode": args.compile_mode,
         "overlap": os.environ.get(OVERLAP_VARIABLE) != "0",
     }
-    jobs = [(c, layout) for c in counted for layout in args.layouts]
     compiled: Dict[Tuple[Norm, str], Callable[..., Any]] = {}
     if args.compile_mode != "none":
-        compiled, about["compile_seconds"] = compile_jobs(args, jobs)
+        begin = time.monotonic()
+        if args.compile_workers > 1:
+            done = compile_ahead(args.argv, args.compile_workers, args.compile_budget / 2)
+            print(f"compiled ahead by {done} of {args.compile_workers} processes")
+        left = args.compile_budget - (time.monotonic() - begin)
+        compiled = compile_all(jobs, args.compile_mode, left)
+        about["compile_seconds"] = time.monotonic() - begin
     rows = [
         measure(c, layout, compiled.get((c.norm, layout)), bandwidth, l2, args.rounds)
         for c, layout in tqdm(jobs, desc="timing", mininterval=5)

@@ -98,8 +98,9 @@ check_plugins() {
 
 # Three tools over fewer cases, at the same time: they are slow and nothing is timed.
 sanitize() {
-    local tool cases=$SANITIZED_CASES
-    for tool in memcheck initcheck racecheck; do
+    local tool cases
+    for tool in memcheck racecheck initcheck; do
+        cases=$SANITIZED_CASES
         [ "$tool" != racecheck ] || cases=$RACE_CASES
         (stage "$tool" sanitizer 140 compute-sanitizer --tool "$tool" --error-exitcode 9 \
             "$BUILD/kernel_check" --cases "$cases" --no-timing) &

@@ -11,7 +11,7 @@ import contextlib
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Collection, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -139,9 +139,9 @@ class _Epilogue:
             "ACT": act,
         }
 
-    def options(self, config: Config) -> Dict[str, Any]:
-        """Compile-time values that the kernels have."""
-        return {
+    def options(self, config: Config, without: Collection[str] = ()) -> Dict[str, Any]:
+        """Compile-time values that the kernels have, but for those `without` which one does."""
+        values = {
             **self._flags,
             "TAPS": self._problem.taps,
             "HAS_TAIL": self._problem.tail > 0,
@@ -154,6 +154,7 @@ class _Epilogue:
             "AHEAD": parts_ahead(self._problem, config),
             "num_warps": config.warps,
         }
+        return {name: value for name, value in values.items() if name not in without}
 
 
 class Fused:
@@ -368,7 +369,6 @@ class Fused:
         matrix = weights.matrix
         tiles = row_tiles(problem, config) * -(-problem.n // config.bn)
         maps = _column_descriptor(x, block, swap)
-        options = epilogue.options(config)
         self._launch(
             column_conv_kernel,
             (tiles, config.splits, problem.nets),
@@ -394,7 +394,7 @@ class Fused:
             COLUMNS=config.columns,
             GROUPS=column_groups(problem, config),
             STATIC=weights.static,
-            **{name: options[name] for name in options if name not in ("GATED", "FP8")},
+            **epilogue.options(config, without=("GATED", "FP8")),
         )
 
     def _launch_resident(
@@ -410,7 +410,6 @@ class Fused:
 
         parts = 2 if problem.gated else 1
         groups = -(-problem.n // (config.bn * config.walk))
-        options = epilogue.options(config)
         self._launch(
             resident_matmul_kernel,
             (row_tiles(problem, config) * groups, problem.nets),
@@ -426,7 +425,7 @@ class Fused:
             BM=config.bm,
             TEAMS=config.teams,
             STATIC=weights.static,
-            **{name: options[name] for name in options if name not in ("TAPS", "HAS_TAIL", "FP8", "SPLIT", "AHEAD")},
+            **epilogue.options(config, without=("TAPS", "HAS_TAIL", "FP8", "SPLIT", "AHEAD")),
         )
 
     def _launch(self, kernel: Any, grid: Tuple[int, ...], *operands: Any, **options: Any) -> None:

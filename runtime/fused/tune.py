@@ -232,6 +232,7 @@ def refine(
         if time.perf_counter() - begin > seconds:
             report(f"tuning: out of time, {len(ranked) - i} problems are as they were alone")
             break
+        before = best
         for config in ranked[key][1:]:
             kept = table[key]
             table[key] = list(config)
@@ -241,7 +242,7 @@ def refine(
                 best = graph
             else:
                 table[key] = kept
-        now = _median(best)
+        now = told if best is before else _median(best)
         if told - now > 0.02 * start:
             report(f"tuning in place: {start:.3f} to {now:.3f} ms after {i + 1} of {len(ranked)} problems")
             told = now

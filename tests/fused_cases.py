@@ -368,10 +368,19 @@ def boxed(case: Matmul, splits: int, card: Card) -> List[Config]:
     bk = 64 if case.cin >= 64 else 32
     shapes = ((64, 32, 4, 3), (128, 64, 4, 4))
     made = [Config(bm, bn, bk, warps, stages, splits, *box(problem, bm)) for bm, bn, warps, stages in shapes]
+    # And of the one with a warp that feeds: rings longer than the sum, and groups of warps that have to meet.
+    made += [
+        Config(bm, bn, bk, warps, stages, splits, *box(problem, bm), feeder=1)
+        for bm, bn, warps, stages in ((64, 32, 4, 2), (64, 64, 4, 8), (128, 64, 8, 3))
+    ]
     # And of the one whose taps share boxes, with tiles of one image and of two.
     made += [
         Config(bm, bn, bk, warps, stages, splits, by, 8, boxes)
         for bm, bn, warps, stages, by, boxes in ((64, 64, 4, 3, 8, 2), (64, 128, 4, 4, 4, 3), (128, 64, 8, 4, 16, 2))
+    ]
+    made += [
+        Config(bm, bn, bk, warps, stages, splits, by, 8, boxes, feeder=1)
+        for bm, bn, warps, stages, by, boxes in ((64, 64, 4, 2, 8, 2), (64, 32, 4, 7, 4, 4), (128, 64, 8, 3, 16, 3))
     ]
     # With eight pixels down.
     made.append(Config(64, 64, bk, 4, 4, splits, 8, 4, 3))

@@ -10,11 +10,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
 from runtime.fused.ops import Affine, Fused, Scaling, Weights
-from runtime.fused.tuning import AttentionConfig, Card, Config, Problem, Tuning, shared_bytes
+from runtime.fused.tuning import (
+    AttentionConfig,
+    AttentionProblem,
+    Card,
+    Config,
+    Problem,
+    Tuning,
+    fed_registers,
+    flash_bytes,
+    shared_bytes,
+)
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton, which there is for Linux only", allow_module_level=True)
@@ -316,6 +327,68 @@ def test_boxes(compiled: Callable[..., List[Compiled]], name: str) -> None:
     assert "st.global.v4" in results or "st.global.L1::no_allocate.v4" in results, "narrow stores"
 
 
+def residual_added(run: Fused) -> None:
+    """What is read ahead of a cut sum, and added behind it."""
+    added = {"residual": maps(2, 1, 8, 12, 1280), "shift": (maps(2 * 1280), 1280)}
+    run.matmul(maps(2, 2, 8, 12, 1280), weights(2, 1280, 9 * 1280, taps=9), act="silu", **added)
+
+
+FED = {
+    "strided": (strided, Config(64, 128, 64, 4, 6, 1, 4, 8, feeder=1)),
+    "conv": (conv, Config(128, 128, 64, 8, 6, 1, 8, 16, feeder=1)),
+    "conv with tail, cut": (conv_with_tail, Config(64, 64, 64, 4, 10, 6, 8, 4, feeder=1)),
+    "conv with tail, long blocks": (conv_with_tail, Config(64, 64, 128, 4, 5, 2, 8, 4, feeder=1)),
+    "all that is added, cut": (residual_added, Config(128, 64, 64, 4, 6, 4, 8, 8, feeder=1)),
+    "up": (up_conv, Config(64, 128, 64, 4, 4, 1, 8, 8, feeder=1)),
+    "gated": (gated, Config(128, 64, 64, 4, 5, 1, 1, 128, feeder=1)),
+    "linear": (linear, Config(64, 32, 64, 4, 10, 1, 1, 64, feeder=1)),
+    "columns": (conv, Config(128, 128, 64, 8, 4, 1, 16, 8, 3, feeder=1)),
+    "columns with tail, cut": (conv_with_tail, Config(64, 64, 64, 4, 6, 3, 8, 8, 5, feeder=1)),
+    "columns, all that is added, cut": (residual_added, Config(64, 64, 64, 4, 6, 4, 4, 8, 3, feeder=1)),
+    "columns, up": (up_conv, Config(128, 64, 64, 4, 8, 1, 16, 8, 3, feeder=1)),
+}
+
+
+@pytest.mark.parametrize("name", FED)
+def test_fed(compiled: Callable[..., List[Compiled]], name: str, tmp_path: Path) -> None:
+    """The products' loop has one barrier, of the warps that multiply; warps that feed have none."""
+    pytest.importorskip("triton.experimental.gluon")
+    call, config = FED[name]
+    problems: List[Problem] = []
+
+    def chosen(run: Fused) -> None:
+        run.tuning.config = lambda problem: problems.append(problem) or config  # type: ignore
+        call(run)
+
+    (found,) = compiled(90, chosen)
+    check(found, 90)
+    assert found.kernel.metadata.name == ("fed_column_conv_kernel" if config.columns else "fed_matmul_kernel")
+    assert found.kernel.metadata.num_warps == config.warps + 4, "those that feed, and what fills their group up"
+    assert found.usage["REG"] == fed_registers(problems[0], config) <= 65536 // (32 * (config.warps + 4))
+    assert 0 <= shared_bytes(problems[0], config) - found.kernel.metadata.shared < 384
+    operands = re.findall(r"wgmma\.mma_async\.sync[^}]*}, (%\w+), (%\w+)", found.ptx)
+    assert operands and all(one.startswith("%rd") for pair in operands for one in pair), "no descriptors"
+    assert "st.global.v4" in found.ptx or "st.global.L1::no_allocate.v4" in found.ptx, "narrow stores"
+    assert "serialized" not in _assembler_notes(found.ptx, tmp_path)
+    loops = sorted((part for part in _loops(found.ptx) if "mbarrier.try_wait" in part), key=len)
+    products = next(part for part in loops if "wgmma.mma_async" in part)
+    feeding = [part for part in loops if "cp.async.bulk.tensor" in part][: 2 if config.columns else 1]
+    assert "cp.async.bulk.tensor" not in products and not any("wgmma" in part for part in feeding)
+    assert re.findall(r"\bbar(?:rier)?\.sync\s+([^;]*);", products) == [f"0, {32 * config.warps}"]
+    assert not any(re.search(r"\bbar(rier)?\.sync", part) for part in feeding)
+    behind = products[products.index("wgmma.wait_group") :]
+    assert behind.index("bar.sync") < behind.index("mbarrier.arrive"), "given back before all warps are done"
+
+
+def _loops(ptx: str) -> List[str]:
+    """What lies between a label and a later line that branches back to it."""
+    lines = ptx.splitlines()
+    places = {line.split(":")[0]: i for i, line in enumerate(lines) if re.match(r"\$L__BB\w+:", line)}
+    branches = [(i, re.search(r"\bbra(?:\.uni)?\s+(\$L__BB\w+);", line)) for i, line in enumerate(lines)]
+    ends = [(places[found.group(1)], i) for i, found in branches if found]
+    return ["\n".join(lines[begin : end + 1]) for begin, end in ends if begin < end]
+
+
 COLUMNS = {
     "conv": boxed(conv, 128, 64, 64, 4, 4, 1, 16, 8, 3),
     "conv, wide": boxed(conv, 256, 128, 64, 8, 4, 1, 16, 8, 3),
@@ -376,6 +449,112 @@ def test_resident(compiled: Callable[..., List[Compiled]], name: str, tmp_path: 
     assert operands and all(one.startswith("%rd") for pair in operands for one in pair), "no descriptors"
     assert "cp.async.bulk.tensor.4d" in found.ptx and "serialized" not in _assembler_notes(found.ptx, tmp_path)
     assert "st.global.v4" in found.ptx or "st.global.L1::no_allocate.v4" in found.ptx, "narrow stores"
+
+
+# Length, keys, channels of a head; the tile.
+FLASH = {
+    "large": (1536, 1536, 40, AttentionConfig(192, 128, 4, 4, 3)),
+    "large, with polynomials": (1536, 1536, 40, AttentionConfig(192, 128, 4, 4, 3, 2)),
+    "large, short blocks": (1536, 1536, 40, AttentionConfig(192, 64, 4, 6, 3)),
+    "two teams": (1536, 1536, 40, AttentionConfig(128, 128, 4, 4, 2)),
+    "one team": (1536, 1536, 64, AttentionConfig(64, 64, 4, 4, 1)),
+    "wide heads": (384, 384, 80, AttentionConfig(192, 64, 4, 4, 3)),
+    "wide heads, one team": (384, 384, 80, AttentionConfig(64, 32, 4, 5, 1)),
+    "keys that end in a block": (384, 77, 72, AttentionConfig(128, 64, 4, 3, 2, 1)),
+}
+
+
+@pytest.mark.parametrize("name", FLASH)
+def test_flash_attention(compiled: Callable[..., List[Compiled]], name: str, tmp_path: Path) -> None:
+    """Scores from shared memory, weights from registers, exponentials beside the products, and the memory it says."""
+    pytest.importorskip("triton.experimental.gluon")
+    length, keys, dim, config = FLASH[name]
+    heads = 8
+
+    def call(run: Fused) -> None:
+        rows = maps(2, 2, keys, 2 * heads * dim)
+        k, v = rows[..., : heads * dim], rows[..., heads * dim :]
+        run.attention(maps(2, 2, 1, length, heads * dim), k, v, heads, config=config)
+
+    (found,) = compiled(90, call)
+    check(found, 90)
+    assert found.kernel.metadata.name == "flash_attention_kernel"
+    problem = AttentionProblem(length, keys, dim, heads, 4)
+    assert 0 <= flash_bytes(problem, config) - found.kernel.metadata.shared < 512
+    products = re.findall(r"wgmma\.mma_async\.sync[^}]*}, ({[^}]*}|%\w+), %rd", found.ptx)
+    of_registers = [first for first in products if first.startswith("{")]
+    # Scores and results, in the loop and around it, of each team.
+    blocks = config.bn // 16
+    assert len(of_registers) == 2 * blocks * config.teams
+    assert len(products) - len(of_registers) == 2 * -(-dim // 16) * config.teams
+    notes = _assembler_notes(found.ptx, tmp_path)
+    assert "serialized" not in notes and "0 bytes spill stores" in notes
+    assert "cp.async.bulk.tensor.5d" in found.ptx and "st.global.v4" in found.ptx
+    assert _beside_products(found.kernel, tmp_path) > 0.7 * (1 - config.polynomials / 8) * config.bn / 2
+
+
+def test_blocks_of_other_lengths_are_compiled_apart() -> None:
+    """Launches that are put off are one of each compilation: the length of a block is only in the descriptors."""
+    pytest.importorskip("triton.experimental.gluon")
+    run, rows = Fused(Tuning(CARDS[90])), maps(1, 1, 384, 640)
+    with run.putting_off() as launches:
+        for keys in (64, 128, 64):
+            run.attention(maps(1, 1, 16, 24, 640), rows, rows, 8, config=AttentionConfig(64, keys, 4, 3, 1))
+    assert len(launches) == 2
+
+
+@pytest.mark.parametrize("polynomials", [0, 3, 8])
+def test_powers_of_two(polynomials: int) -> None:
+    """The assembly carried out by NumPy: all eight numbers, down to where powers no longer count."""
+    pytest.importorskip("triton.experimental.gluon")
+    from runtime.fused.flash import _exponentials
+
+    x = np.linspace(-140, 0, 8 * 4001).reshape(-1, 8).T.astype(np.float32)
+    found = _carried_out(_exponentials(polynomials), list(x))
+    wanted = np.exp2(x.astype(np.float64))
+    error = np.abs(found - wanted)
+    bounds = np.where(np.arange(8) < polynomials, 8e-5, 3e-7)[:, None]
+    assert np.all(error <= bounds * wanted + 2.0**-125)
+    assert np.array_equal(error.max(axis=1) > 5e-5, np.arange(8) < polynomials), "not as many polynomials"
+
+
+def _carried_out(ptx: str, inputs: List[np.ndarray]) -> np.ndarray:
+    """What a few lines of PTX without branches make of float32 inputs, which stand behind as many results."""
+    registers: Dict[str, np.ndarray] = {f"${len(inputs) + i}": value for i, value in enumerate(inputs)}
+
+    def value(name: str, kind: type) -> Any:
+        if name in registers:
+            return registers[name].view(kind)
+        return np.uint32(int(name[2:], 16)).view(kind) if name.startswith("0f") else kind(int(name))
+
+    operations = {
+        "max": np.maximum,
+        "add": np.add,
+        "sub": np.subtract,
+        "fma": lambda a, b, c: a.astype(np.float64) * b + c,
+        "ex2": np.exp2,
+        "shl": np.left_shift,
+        "mov": lambda a: a,
+    }
+    for line in ptx.strip("{} ").split(";"):
+        name, _, operands = line.strip().partition(" ")
+        if name and not name.startswith("."):
+            kind = np.float32 if name.endswith("f32") else np.uint32
+            out, *sources = (operand.strip() for operand in operands.split(","))
+            registers[out] = operations[name.split(".")[0]](*(value(one, kind) for one in sources)).astype(kind)
+    return np.stack([registers[f"${i}"].view(np.float32) for i in range(len(inputs))]).astype(np.float64)
+
+
+def _beside_products(kernel: Any, folder: Path) -> int:
+    """Exponentials between a loop's wait for its scores and that for its other product, in the machine code."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    code = subprocess.run([str(tool), "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    between = code[re.search(r"DEPBAR\.LE gsb0, 0x1", code).end() :]
+    return between[: re.search(r"DEPBAR\.LE gsb0, 0x0", between).start()].count("MUFU.EX2")
 
 
 def test_configurations_of_attention_fit_what_they_say(compiled: Callable[..., List[Compiled]]) -> None:

@@ -19,10 +19,21 @@ from ldm.exact import exact_fp32
 from runtime.fused.fp8 import input_ranges, worthwhile
 from runtime.fused.ops import Fused
 from runtime.fused.session import FusedSession
-from runtime.fused.tuning import Card, Config, Tuning, attention_candidates, candidates, estimate
+from runtime.fused.tuning import (
+    AttentionConfig,
+    AttentionProblem,
+    Card,
+    Config,
+    Tuning,
+    attention_candidates,
+    attention_fits,
+    candidates,
+    estimate,
+    flash_programs,
+)
 from runtime.torch_session import TorchSession
 from scoring.pictures import OWN_FOLDER
-from tests.fused_cases import ATTENTIONS, FP8_ERROR, MATMULS, RAGGED, Matmul, Operands, boxed, relative
+from tests.fused_cases import ATTENTIONS, FP8_ERROR, MATMULS, RAGGED, Attention, Matmul, Operands, boxed, relative
 from tests.fused_kernel_cases import KERNELS
 from tests.fused_network_cases import compare
 
@@ -103,7 +114,7 @@ def check_tiles(operands: Operands, offered: List[Config], card: Card) -> None:
     """Some of all kernels' configurations, with and without programmatic launch."""
     kinds: Dict[Tuple[bool, ...], List[Config]] = {}
     for config in offered:
-        kinds.setdefault((config.bx > 0, config.columns > 0, config.walk > 0), []).append(config)
+        kinds.setdefault((config.bx > 0, config.columns > 0, config.walk > 0, config.feeder > 0), []).append(config)
     runs = [Fused(Tuning(card), pdl=pdl) for pdl in ((False, True) if card.capability >= 90 else (False, False))]
     for kind in kinds.values():
         for i, config in enumerate(kind[:: max(1, len(kind) // 4)]):
@@ -138,17 +149,69 @@ def test_products_in_bfloat16(name: str, card: Card) -> None:
         check_product(operands, run, chosen)
 
 
-@pytest.mark.parametrize("name", ATTENTIONS)
-def test_attention(name: str, card: Card) -> None:
-    case = ATTENTIONS[name]
-    run = Fused(Tuning(card), pdl=card.capability >= 90)
-    q, k, v = case.operands("cuda")
+# Several tiles a program, blocks and tiles that end inside, keys and queries of halves.
+LARGE_ATTENTIONS = {
+    "step": Attention(40, nets=2, length=1536, keys=1536, heads=8),
+    "step, one net": Attention(40, length=1536, keys=1536, heads=8),
+    "step, half the size": Attention(80, nets=2, length=384, keys=384, heads=8),
+    "text": Attention(40, nets=2, queries=1, length=1536, keys=77, heads=8),
+    "text, half the size": Attention(80, nets=2, queries=4, images=4, length=384, keys=77, heads=8),
+    "ragged": Attention(40, nets=2, queries=1, images=3, key_images=1, length=1111, keys=777, heads=5),
+    "one head": Attention(128, queries=1, images=1, key_images=1, length=65, keys=129, heads=1),
+}
+
+
+def attention_tiles(problem: AttentionProblem, card: Card) -> List[AttentionConfig]:
+    """Some of the first kernel's configurations; all of the second's, and some however small the problem."""
+    offered = attention_candidates(problem, card)
+    few = 2 if problem.length < 64 else 8
+    kept = [config for config in offered if not config.teams][::few] + [config for config in offered if config.teams]
+    shapes = ((1, 32, 3, 1), (2, 64, 4, 0), (3, 64, 3, 8))
+    more = [AttentionConfig(64 * teams, bn, 4, stages, teams, p) for teams, bn, stages, p in shapes]
+    return kept + [config for config in more if attention_fits(problem, config, card)]
+
+
+def check_attention(case: Attention, dtype: torch.dtype, bound: float, card: Card) -> None:
+    """With and without programmatic launch, and the same bits each time."""
+    runs = [Fused(Tuning(card), dtype, pdl=pdl) for pdl in ((True, False) if card.capability >= 90 else (False, False))]
+    q, k, v = case.operands("cuda", dtype)
     wanted = case.wanted(q, k, v)
-    run.attention(q.to("meta"), k.to("meta"), v.to("meta"), case.heads, case.causal, case.images)
-    (problem,) = run.asked_attention
-    for config in (None, *attention_candidates(problem, card)[::2]):
-        found = run.attention(q, k, v, case.heads, case.causal, case.images, config)
-        assert relative(found, wanted) < 5e-4, config
+    runs[0].attention(q.to("meta"), k.to("meta"), v.to("meta"), case.heads, case.causal, case.images)
+    (problem,) = runs[0].asked_attention
+    for i, config in enumerate((None, *attention_tiles(problem, card))):
+        run = runs[i % 2]
+        found = [run.attention(q, k, v, case.heads, case.causal, case.images, config) for _ in range(2)]
+        assert relative(found[0], wanted) < bound, config
+        assert torch.equal(*found), config
+
+
+@pytest.mark.parametrize("name", [*ATTENTIONS, *LARGE_ATTENTIONS])
+def test_attention(name: str, card: Card) -> None:
+    check_attention({**ATTENTIONS, **LARGE_ATTENTIONS}[name], torch.float16, 5e-4, card)
+
+
+@pytest.mark.parametrize("name", ["step, half the size", "ragged"])
+def test_attention_in_bfloat16(name: str, card: Card) -> None:
+    check_attention(LARGE_ATTENTIONS[name], torch.bfloat16, 4e-3, card)
+
+
+def test_programs_of_attention_take_several_tiles(card: Card) -> None:
+    """Or what the large cases check would not be what runs."""
+    problem = AttentionProblem(1536, 1536, 40, 8, 4)
+    config = AttentionConfig(192, 128, 4, 4, 3)
+    if not attention_fits(problem, config, card):
+        pytest.skip("the kernel is for compute capability 9.0")
+    assert flash_programs(problem, config, card) < 8 * 4 * 1536 // 192
+
+
+def test_attention_of_rows_that_tma_cannot_address(card: Card) -> None:
+    """They go to the kernel that can."""
+    rows = torch.randn(1, 1, 100, 3 * 80 + 4, device="cuda").half()
+    q, k, v = (rows[..., i * 80 : (i + 1) * 80] for i in range(3))
+    wanted = Attention(40, queries=1, images=1, key_images=1).wanted(q[:, :, None], k, v)
+    config = AttentionConfig(64, 64, 4, 3, 1)
+    found = Fused(Tuning(card)).attention(q[:, :, None], k, v, 2, config=config)
+    assert relative(found, wanted) < 5e-4
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -19,6 +19,7 @@ from runtime.fused import build, networks
 from runtime.fused.build import SHIPPED, _meta
 from runtime.fused.ops import Fused
 from runtime.fused.tuning import (
+    FEEDER_REGISTERS,
     AttentionConfig,
     AttentionProblem,
     Card,
@@ -31,7 +32,10 @@ from runtime.fused.tuning import (
     candidates,
     card_slug,
     estimate,
+    fed_registers,
     fits,
+    flash_bytes,
+    flash_programs,
     read_table,
     row_tiles,
     shared_bytes,
@@ -163,6 +167,33 @@ def test_a_table_of_a_larger_card_is_not_used_where_it_does_not_fit(shipped: Dic
         assert all(attention_fits(problem, tuning.attention(problem), card) for problem in attentions)
 
 
+def test_attention_of_teams_by_hand() -> None:
+    """Of two nets: three teams fill the registers; programs of one share a processor."""
+    problem = AttentionProblem(1536, 1536, 40, 8, 4)
+    offered = [config for config in attention_candidates(problem, H200) if config.teams]
+    large, small = AttentionConfig(192, 128, 4, 4, 3), AttentionConfig(64, 64, 4, 4, 1)
+    assert large in offered and len(offered) <= 8 and {config.teams for config in offered} == {2, 3}
+    assert not any(config.teams for config in attention_candidates(problem._replace(keys=77), H200)), "a text's"
+    # 128 bytes a row: queries, keys and values in flight, and 2 KB a team.
+    assert flash_bytes(problem, large) == 128 * (192 + 2 * 128 * 4) + 3 * 2048 + 512
+    assert flash_programs(problem, large, H200) == 132 and flash_programs(problem, small, H200) == 3 * 132
+    assert flash_programs(problem, small._replace(stages=6), H200) == 2 * 132
+    for other in (large._replace(bm=128), large._replace(stages=2), large._replace(warps=8), large._replace(stages=7)):
+        assert not attention_fits(problem, other, H200)
+    for keys in (8, 96):
+        assert not attention_fits(problem, large._replace(bn=keys), H200), "no block that products take"
+    for other in (
+        problem._replace(dim=36),
+        problem._replace(dim=160),
+        problem._replace(causal=True),
+        problem._replace(dim=80),
+    ):
+        assert not attention_fits(other, large, H200) and other.key() != problem.key()
+    assert not any(attention_fits(problem, large, card) for card in (A10, A100, H200_OLD_TRITON))
+    found = Tuning(A100, {problem.key(): list(large)}).attention(problem)
+    assert not found.teams and attention_fits(problem, found, A100)
+
+
 def test_limits_by_hand() -> None:
     problem = Problem(1, 1024, 640, 640)
     fitting = Config(128, 64, 64, 4, 4)
@@ -210,6 +241,56 @@ def test_rows_stay_only_of_what_the_kernel_can_run() -> None:
     for change in ({"splits": 2}, {"bx": 32}, {"by": 2}, {"stages": 1}, {"teams": 3}, {"bn": 16}, {"warps": 8}):
         assert not fits(problem, config._replace(**change), H200), change
     assert not fits(problem._replace(gated=True), config._replace(bn=256), H200), "512 channels a product"
+
+
+def test_a_warp_feeds_only_what_the_kernel_can_run() -> None:
+    problem = Problem(2, 48, 1280, 1280, 0, 9, 1, False, 4, 6)
+    config = Config(64, 64, 64, 4, 8, 3, 4, 8, feeder=1)
+    assert fits(problem, config, H200) and config in [
+        candidate._replace(stages=8) for candidate in candidates(problem, H200) if candidate.feeder
+    ]
+    # Two matrices of 64 x 64 numbers a slot, two barriers, and the operands of the warp that feeds.
+    assert shared_bytes(problem, config) == 8 * (2 * 2 * 64 * 64 + 16) + 384
+    for change in (
+        {"feeder": 2},
+        {"stages": 1},
+        {"columns": 1},
+        {"walk": 1},
+        {"bx": 0, "by": 0},
+        {"warps": 2},
+        {"warps": 8},
+        {"bn": 4},
+        {"bk": 8},
+    ):
+        assert not fits(problem, config._replace(**change), H200), change
+    of_points = Config(256, 32, 64, 8, 2, 1, 1, 1, feeder=1)
+    assert fits(problem, of_points, H200) and not fits(problem, of_points._replace(bm=512), H200), "512 images a box"
+    columns = Config(64, 64, 64, 4, 6, 2, 4, 8, 3, feeder=1)
+    assert fits(problem, columns, H200) and not fits(problem, columns._replace(columns=1), H200)
+    assert columns._replace(splits=1) in {candidate._replace(splits=1) for candidate in candidates(problem, H200)}
+    assert shared_bytes(problem, columns) - shared_bytes(problem, columns._replace(feeder=0)) == 16 * 9 + 384
+    other = problem._replace(fp8=True)
+    linear = Problem(2, 768, 2560, 640, height=1, width=768)
+    assert any(candidate.feeder for candidate in candidates(linear, H200))
+    for not_offered in (other, linear._replace(gated=True), linear._replace(cin=320)):
+        assert not any(candidate.feeder for candidate in candidates(not_offered, H200)), not_offered
+    assert Tuning(H200, {problem.key(): list(config)}).config(other) == config._replace(feeder=0)
+
+
+@needs_triton
+def test_a_feeding_warp_leaves_the_next_kernel_registers() -> None:
+    """As many as the others need; what all warps have together is what the launch takes, and a processor has."""
+    fed = [(problem, config) for problem in sizes() for config in candidates(problem, H200) if config.feeder]
+    assert len(fed) > 1000
+    for problem, config in fed:
+        threads = 32 * (config.warps + 4)
+        launched = fed_registers(problem, config)
+        assert launched % 8 == 0 and launched * threads <= 65536
+        others = (launched * threads - 128 * FEEDER_REGISTERS) // (32 * config.warps)
+        numbers = config.bm * config.bn * (2 if problem.gated else 1) // (32 * config.warps)
+        assert numbers + 72 <= others <= 256, (problem, config)
+        assert numbers > 32 or 3 * launched * threads <= 65536
+        assert config.stages * config.bk <= max(problem.depth, 2 * config.bk), "a ring longer than the sum"
 
 
 def test_an_fp8_problem_takes_the_tile_of_fp16_without_its_walk_or_shared_boxes() -> None:
@@ -325,7 +406,7 @@ def test_square_boxes_where_tiles_are_as_many() -> None:
 
 def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
     problem, attention = Problem(1, 24, 32, 256), AttentionProblem(24, 77, 40, 8, 2)
-    table = {problem.key(): list(Config(64, 32, 64, 4, 3, 2)), attention.key(): list(AttentionConfig(64, 32, 4, 2))}
+    table = {problem.key(): list(Config(64, 32, 64, 4, 3, 2)), attention.key(): [64, 32, 4, 2]}
     path = tmp_path / "tuning" / f"{card_slug(RTX_4090)}.json"
     write_table(path, RTX_4090, {"torch": "2"}, table)
     assert path.name == "NVIDIA_GeForce_RTX_4090.json"
@@ -334,6 +415,10 @@ def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
     tuning = Tuning(RTX_4090, read_table(path))
     assert tuning.config(problem) == Config(64, 32, 64, 4, 3, 2)
     assert tuning.attention(attention) == AttentionConfig(64, 32, 4, 2)
+    fed = Config(64, 32, 64, 4, 3, by=1, bx=64, feeder=1)
+    for row, config in ((list(fed), fed), ([64, 32, 64, 4, 3, 1, 1, 64], fed._replace(feeder=0))):
+        write_table(path, H200, {}, {problem.key(): row})
+        assert Tuning(H200, read_table(path)).config(problem) == config, "a row of before there were more fields"
     assert tuning.config(problem._replace(m=25)) == estimate(problem._replace(m=25), RTX_4090)
 
 
@@ -343,6 +428,7 @@ def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
         *("", "{}", "[]", '{"configs": 3}', '{"configs": {"linear": 3}}', '{"configs": {"linear": "64 x"}}'),
         *('{"configs": {"linear": "64 64 64 4"}}', '{"configs": {"attention 1x1": "64 64 64 4 4 1 0 0"}}'),
         *('{"configs": {"conv": "64 64 64 4 4 0 0 0"}}', '{"configs": {"conv": "64 64 64 4 4 1 0 8"}}'),
+        *('{"configs": {"attention 1x1": "64 64 4 0"}}', '{"configs": {"attention 1x1": "128 64 4 4 3 0"}}'),
         *('{"configs": {"attention 1x1": "0 64 4 4"}}', '{"configs": {"conv": "64 64 64 4 4 1 16 8"}}'),
     ],
 )

@@ -27,7 +27,7 @@ from runtime.fused.hopper import epilogue_operands, finish, rows_layout
 
 
 @gluon.jit
-def _load_weights(
+def load_weights(
     k, slot, w, net, n0, blocks, cin, b_slots, bars, NT: gl.constexpr, SWAP: gl.constexpr, BK: gl.constexpr,
 ):  # fmt: skip
     """Start the copy of the weights of block `k`: NT blocks a column, top to bottom, then one a block of the tail."""
@@ -46,7 +46,7 @@ def _load_weights(
 
 
 @gluon.jit
-def _load_column(
+def load_column(
     column, place, x, halo, tail, x_net, b0, y0, x0, blocks, pool, bars, NT: gl.constexpr, HAS_TAIL: gl.constexpr,
     BB: gl.constexpr, BY: gl.constexpr, BK: gl.constexpr,
 ):  # fmt: skip
@@ -198,13 +198,13 @@ def column_conv_kernel(
         gdc_wait()
     for i in gl.static_range(STAGES - 1):
         if begin + i < end:
-            _load_weights(begin + i, i, w, net, n0, blocks, cin, b_slots, b_bars, NT, SWAP, BK)
+            load_weights(begin + i, i, w, net, n0, blocks, cin, b_slots, b_bars, NT, SWAP, BK)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     for i in gl.static_range(COLUMNS):
         if first + i < last:
-            _load_column(
+            load_column(
                 first + i, i, x, halo, tail, x_net, b0, top, left, blocks, pool, a_bars, NT, HAS_TAIL, BB, BY, BK
             )  # fmt: skip
 
@@ -244,9 +244,9 @@ def column_conv_kernel(
         gl.thread_barrier()
         if k + STAGES - 1 < end:
             ahead = (k - begin + STAGES - 1) % STAGES
-            _load_weights(k + STAGES - 1, ahead, w, net, n0, blocks, cin, b_slots, b_bars, NT, SWAP, BK)
+            load_weights(k + STAGES - 1, ahead, w, net, n0, blocks, cin, b_slots, b_bars, NT, SWAP, BK)
         if (row == 0) & (passed > 0) & (column - 1 + COLUMNS < last):
-            _load_column(
+            load_column(
                 column - 1 + COLUMNS, (passed - 1) % COLUMNS, x, halo, tail, x_net, b0, top, left, blocks, pool, a_bars,
                 NT, HAS_TAIL, BB, BY, BK,
             )  # fmt: skip

@@ -22,30 +22,30 @@ from runtime.fused.kernels import activate, sum_of_parts
 
 
 @gluon.jit
-def _load_weights(
-    k, slot, w, net, n0, n, blocks, cin, b_slots, g_slots, bars, SIZE: gl.constexpr, TAPS: gl.constexpr,
-    GATED: gl.constexpr, BK: gl.constexpr,
+def copy_weights(
+    tap, block, slot, w, net, n0, n, cin, b_slots, g_slots, bars, SIZE: gl.constexpr, GATED: gl.constexpr,
+    BK: gl.constexpr,
 ):  # fmt: skip
-    """Start the copy of the weights of block `k` of the sum; the slot's barrier waits for all of its SIZE bytes."""
+    """Start the copy of a block of a tap's weights; the slot's barrier waits for all of its SIZE bytes.
+
+    Behind the taps' channels, each with a whole number of blocks, lie those of the other map: tap TAPS.
+    """
     bar = bars.index(slot)
     mbarrier.expect(bar, SIZE)
-    # Behind the taps' channels, each with a whole number of blocks, lie those of the other map.
-    tap = gl.minimum(k // blocks, TAPS)
-    at = tap * cin + (k - tap * blocks) * BK
+    at = tap * cin + block * BK
     tma.async_copy_global_to_shared(w, [net, n0, at], bar, b_slots.index(slot))
     if GATED:
         tma.async_copy_global_to_shared(w, [net, n + n0, at], bar, g_slots.index(slot))
 
 
 @gluon.jit
-def _load_pixels(
-    k, slot, x, tail, x_net, b0, y0, x0, phase, cin, blocks, a_slots, bars, TAPS: gl.constexpr, STRIDE: gl.constexpr,
+def copy_pixels(
+    tap, block, slot, x, tail, x_net, b0, y0, x0, phase, cin, a_slots, bars, TAPS: gl.constexpr, STRIDE: gl.constexpr,
     HAS_TAIL: gl.constexpr, BK: gl.constexpr,
 ):  # fmt: skip
-    """The same of the pixels: the tile's box, moved by the block's tap."""
+    """The same of the pixels: the tile's box, moved by the tap."""
     bar = bars.index(slot)
     a = a_slots.index(slot)
-    tap = k // blocks
     if TAPS == 9:
         dy = tap // 3 - 1
         dx = tap % 3 - 1
@@ -55,7 +55,7 @@ def _load_pixels(
     else:
         dy = 0
         dx = 0
-    c = (k - tap * blocks) * BK
+    c = block * BK
     if STRIDE == 2:
         # Of every second pixel: the odd ones are half a row, and an odd pixel's channels a pixel's, further on. The
         # first tap's row is the odd one above.
@@ -70,7 +70,29 @@ def _load_pixels(
         if of_map:
             tma.async_copy_global_to_shared(x, [x_net, b0, y0 + dy, x0 + dx, c], bar, a)
         else:
-            tma.async_copy_global_to_shared(tail, [x_net, b0, y0, x0, (k - TAPS * blocks) * BK], bar, a)
+            tma.async_copy_global_to_shared(tail, [x_net, b0, y0, x0, c], bar, a)
+
+
+@gluon.jit
+def _load_weights(
+    k, slot, w, net, n0, n, blocks, cin, b_slots, g_slots, bars, SIZE: gl.constexpr, TAPS: gl.constexpr,
+    GATED: gl.constexpr, BK: gl.constexpr,
+):  # fmt: skip
+    """Start the copy of the weights of block `k` of the sum."""
+    tap = gl.minimum(k // blocks, TAPS)
+    copy_weights(tap, k - tap * blocks, slot, w, net, n0, n, cin, b_slots, g_slots, bars, SIZE, GATED, BK)
+
+
+@gluon.jit
+def _load_pixels(
+    k, slot, x, tail, x_net, b0, y0, x0, phase, cin, blocks, a_slots, bars, TAPS: gl.constexpr, STRIDE: gl.constexpr,
+    HAS_TAIL: gl.constexpr, BK: gl.constexpr,
+):  # fmt: skip
+    """The same of the pixels."""
+    tap = gl.minimum(k // blocks, TAPS)
+    copy_pixels(
+        tap, k - tap * blocks, slot, x, tail, x_net, b0, y0, x0, phase, cin, a_slots, bars, TAPS, STRIDE, HAS_TAIL, BK
+    )  # fmt: skip
 
 
 @gluon.constexpr_function
@@ -256,13 +278,10 @@ def tma_matmul_kernel(
     first = 0
     last = total
     if SPLIT:
-        each = gl.cdiv(total, splits)
-        first = split * each
-        last = gl.minimum(first + each, total)
-    else:
-        # Without this the compiler keeps a path around the loop, and the assembler then lets one product wait for the
-        # other.
-        gl.assume(first < last)
+        first = split * total // splits
+        last = (split + 1) * total // splits
+    # Without this the compiler keeps a path around the loop, and the assembler lets one product wait for the other.
+    gl.assume(first < last)
 
     a_slots = gl.allocate_shared_memory(x.dtype, [STAGES] + x.block_type.shape, x.layout)
     b_slots = gl.allocate_shared_memory(w.dtype, [STAGES] + w.block_type.shape, w.layout)

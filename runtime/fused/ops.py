@@ -24,6 +24,11 @@ from runtime.fused.tuning import (
     Tuning,
     column_groups,
     estimate,
+    estimate_attention,
+    fed_registers,
+    flash_programs,
+    flash_registers,
+    flash_width,
     parts_ahead,
     row_tiles,
 )
@@ -255,6 +260,8 @@ class Fused:
             launch = self._launch_resident
         elif chosen.columns:
             launch = self._launch_columns
+        elif chosen.feeder:
+            launch = self._launch_fed
         elif chosen.bx:
             launch = self._launch_boxes
         launch(problem, chosen, x, weights, tail, _Epilogue(problem, weights, out, shift, residual, scale, act))
@@ -317,6 +324,55 @@ class Fused:
     ) -> None:
         from runtime.fused.hopper import tma_matmul_kernel
 
+        grid, operands = self._boxes(problem, config, x, weights, tail, epilogue)
+        self._launch(
+            tma_matmul_kernel,
+            grid,
+            *operands,
+            *(weights.fp8 or Scaling(weights.matrix, 1.0)),
+            BB=config.bm // (config.by * config.bx),
+            BY=config.by,
+            BX=config.bx,
+            STRIDE=problem.stride,
+            STATIC=weights.static,
+            **epilogue.options(config),
+        )
+
+    def _launch_fed(
+        self,
+        problem: Problem,
+        config: Config,
+        x: torch.Tensor,
+        weights: Weights,
+        tail: Optional[torch.Tensor],
+        epilogue: _Epilogue,
+    ) -> None:
+        from runtime.fused.fed import fed_matmul_kernel
+
+        grid, operands = self._boxes(problem, config, x, weights, tail, epilogue)
+        self._launch(
+            fed_matmul_kernel,
+            grid,
+            *operands,
+            BB=config.bm // (config.by * config.bx),
+            BY=config.by,
+            BX=config.bx,
+            STRIDE=problem.stride,
+            STATIC=weights.static,
+            maxnreg=fed_registers(problem, config),
+            **epilogue.options(config, without=("FP8",)),
+        )
+
+    def _boxes(
+        self,
+        problem: Problem,
+        config: Config,
+        x: torch.Tensor,
+        weights: Weights,
+        tail: Optional[torch.Tensor],
+        epilogue: _Epilogue,
+    ) -> Tuple[Tuple[int, ...], Tuple[Any, ...]]:
+        """The grid and the operands of both kernels that take boxes of pixels."""
         linear = problem.taps == 1
         sizes = (1, 1, problem.m) if linear else (problem.images, problem.height, problem.width)
         images, oh, ow = sizes
@@ -324,9 +380,7 @@ class Fused:
         matrix = weights.matrix
         tiles = row_tiles(problem, config) * -(-problem.n // config.bn)
         maps = _strided_descriptor(x, block) if problem.stride > 1 else _map_descriptor(x, block, linear)
-        self._launch(
-            tma_matmul_kernel,
-            (tiles, config.splits, problem.nets),
+        operands = (
             maps,
             maps if tail is None else _map_descriptor(tail, block, linear),
             _descriptor(matrix, list(matrix.shape), list(matrix.stride()), (1, config.bn, config.bk)),
@@ -342,14 +396,8 @@ class Fused:
             *epilogue.row_steps,
             *epilogue.net_steps,
             config.splits,
-            *(weights.fp8 or Scaling(matrix, 1.0)),
-            BB=block[1],
-            BY=config.by,
-            BX=config.bx,
-            STRIDE=problem.stride,
-            STATIC=weights.static,
-            **epilogue.options(config),
         )
+        return (tiles, config.splits, problem.nets), operands
 
     def _launch_columns(
         self,
@@ -360,8 +408,7 @@ class Fused:
         tail: Optional[torch.Tensor],
         epilogue: _Epilogue,
     ) -> None:
-        from runtime.fused.columns import column_conv_kernel
-
+        kernel = _column_kernel(config)
         swap = config.bx != 8
         images = config.bm // (config.by * config.bx)
         by = config.bx if swap else config.by
@@ -369,8 +416,11 @@ class Fused:
         matrix = weights.matrix
         tiles = row_tiles(problem, config) * -(-problem.n // config.bn)
         maps = _column_descriptor(x, block, swap)
+        options = epilogue.options(config, without=("GATED", "FP8"))
+        if config.feeder:
+            options["maxnreg"] = fed_registers(problem, config)
         self._launch(
-            column_conv_kernel,
+            kernel,
             (tiles, config.splits, problem.nets),
             maps,
             _column_descriptor(x, (1, 2 if problem.taps == 9 else 1, *block[2:]), swap),
@@ -394,7 +444,7 @@ class Fused:
             COLUMNS=config.columns,
             GROUPS=column_groups(problem, config),
             STATIC=weights.static,
-            **epilogue.options(config, without=("GATED", "FP8")),
+            **options,
         )
 
     def _launch_resident(
@@ -543,8 +593,6 @@ class Fused:
         causal : bool
             A query sees the keys up to its own place.
         """
-        from runtime.fused.kernels import attention_kernel
-
         nets, queries, height, width, channels = q.shape
         batch = images or queries
         out = self.empty(q, nets, batch, height, width, channels)
@@ -554,19 +602,37 @@ class Fused:
             self.asked_attention.add(problem)
             self.uses[problem.key()] += 1
             return out
+        chosen = config or self.tuning.attention(problem)
+        if chosen.teams and not all(_has_whole_rows(x) for x in (q, k, v)):
+            chosen = estimate_attention(problem, self.tuning.card)
+        launch = self._launch_flash if chosen.teams else self._launch_attention
+        launch(problem, chosen, q, k, v, out)
+        return out
+
+    def _launch_attention(
+        self,
+        problem: AttentionProblem,
+        config: AttentionConfig,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        from runtime.fused.kernels import attention_kernel
+
+        dim, batch = problem.dim, out.shape[1]
         # At least 16, which tensor cores take at once.
         d1 = max(16, 1 << (dim.bit_length() - 1))
         d2 = 0 if d1 >= dim else max(16, _power_of_two(dim - d1))
-        chosen = config or self.tuning.attention(problem)
         self._launch(
             attention_kernel,
-            (-(-length // chosen.bm), heads, nets * batch),
+            (-(-problem.length // config.bm), problem.heads, problem.images),
             q,
             k,
             v,
             out,
-            length,
-            keys,
+            problem.length,
+            problem.keys,
             q.stride(3),
             k.stride(2),
             v.stride(2),
@@ -580,21 +646,61 @@ class Fused:
             v.stride(1),
             out.stride(1),
             batch,
-            queries,
+            q.shape[1],
             batch // k.shape[1],
             dim**-0.5 * LOG2_E,
             D=dim,
             D1=d1,
             D2=d2,
-            CAUSAL=causal,
-            EVEN=keys % chosen.bn == 0,
-            BM=chosen.bm,
-            BN=chosen.bn,
-            STAGES=chosen.stages,
-            num_warps=chosen.warps,
-            num_stages=chosen.stages,
+            CAUSAL=problem.causal,
+            EVEN=problem.keys % config.bn == 0,
+            BM=config.bm,
+            BN=config.bn,
+            STAGES=config.stages,
+            num_warps=config.warps,
+            num_stages=config.stages,
         )
-        return out
+
+    def _launch_flash(
+        self,
+        problem: AttentionProblem,
+        config: AttentionConfig,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        from runtime.fused.flash import flash_attention_kernel
+
+        tiles_m = -(-problem.length // config.bm)
+        tiles = tiles_m * problem.heads * problem.images
+        batch, wide = out.shape[1], flash_width(problem)
+        self._launch(
+            flash_attention_kernel,
+            (min(tiles, flash_programs(problem, config, self.tuning.card)),),
+            _heads_descriptor(q.flatten(2, 3), problem.heads, config.bm // config.teams, wide),
+            *(_heads_descriptor(x, problem.heads, config.bn, wide) for x in (k, v)),
+            out,
+            problem.length,
+            problem.keys,
+            out.stride(3),
+            out.stride(0),
+            out.stride(1),
+            tiles_m,
+            tiles,
+            problem.heads,
+            batch,
+            q.shape[1],
+            batch // k.shape[1],
+            problem.dim**-0.5 * LOG2_E,
+            D=problem.dim,
+            EVEN=problem.keys % config.bn == 0,
+            STAGES=config.stages,
+            TEAMS=config.teams,
+            POLYNOMIALS=config.polynomials,
+            num_warps=config.warps,
+            maxnreg=flash_registers(problem, config),
+        )
 
     def softmax(self, x: torch.Tensor) -> torch.Tensor:
         """Of the rows of a dense (1, 1, 1, R, C) map."""
@@ -758,6 +864,16 @@ class Fused:
         return out
 
 
+def _column_kernel(config: Config) -> Any:
+    if config.feeder:
+        from runtime.fused.fed_columns import fed_column_conv_kernel
+
+        return fed_column_conv_kernel
+    from runtime.fused.columns import column_conv_kernel
+
+    return column_conv_kernel
+
+
 def _variant(kernel: Any, operands: Sequence[Any], options: Mapping[str, Any]) -> Tuple[Any, ...]:
     """What Triton compiles a launch for: types, divisibility by 16, ones, boxes, and compile-time values."""
     kinds: List[Any] = []
@@ -843,6 +959,25 @@ def _parts_descriptor(matrix: torch.Tensor, parts: int, block: Tuple[int, ...]) 
     nets, rows, depth = matrix.shape
     net, row = matrix.stride()[:2]
     return _descriptor(matrix, [nets, parts, rows // parts, depth], [net, rows // parts * row, row, 1], block)
+
+
+def _has_whole_rows(x: torch.Tensor) -> bool:
+    """Whether TMA can address a map: its rows, images and nets begin at multiples of 16 bytes."""
+    steps = [step for step, size in zip(x.stride()[:-1], x.shape) if size > 1]
+    return x.data_ptr() % 16 == 0 and all(step * x.element_size() % 16 == 0 for step in steps)
+
+
+def _heads_descriptor(x: torch.Tensor, heads: int, rows: int, wide: int) -> Any:
+    """(nets, images, rows, C) rows for TMA as (nets, images, rows, heads, channels of one): beyond them are zeros."""
+    nets, images, length, channels = x.shape
+    net, image, row = x.stride()[:3]
+    # As in `_map_descriptor`.
+    row = row if length > 1 else channels
+    image = image if images > 1 else length * row
+    net = net if nets > 1 else images * image
+    dim = channels // heads
+    shape, strides = [nets, images, length, heads, dim], [net, image, row, dim, 1]
+    return _descriptor(x, shape, strides, (1, 1, rows, 1, wide))
 
 
 def _descriptor(tensor: torch.Tensor, shape: List[int], strides: List[int], block: Tuple[int, ...]) -> Any:

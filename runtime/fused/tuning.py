@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 from typing import Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
@@ -74,7 +75,7 @@ class Config(NamedTuple):
     With `bx` the kernel for compute capability 9.0 runs, on boxes of bm / (by bx) images x by x bx pixels; with
     `columns` as well the one whose taps share boxes, so many of which are in flight, eight pixels wide, or eight high
     where bx is not 8. With `walk` the one whose rows stay runs: a program of `teams` times the warps takes so many
-    tiles of channels.
+    tiles of channels. With `feeder` further warps copy the boxes, and these only multiply.
     """
 
     bm: int
@@ -88,15 +89,22 @@ class Config(NamedTuple):
     columns: int = 0
     teams: int = 1
     walk: int = 0
+    feeder: int = 0
 
 
 class AttentionConfig(NamedTuple):
-    """Queries and keys of a tile, warps, and key blocks loaded ahead."""
+    """Queries and keys of a tile, warps, and key blocks loaded ahead.
+
+    With `teams` the kernel for compute capability 9.0 runs: so many teams of the warps share a tile's queries, and of
+    each eight exponentials it takes so many `polynomials`.
+    """
 
     bm: int
     bn: int
     warps: int
     stages: int
+    teams: int = 0
+    polynomials: int = 0
 
 
 class AttentionProblem(NamedTuple):
@@ -128,10 +136,12 @@ def shared_bytes(problem: Problem, config: Config) -> int:
     """Shared memory of a program: the blocks in flight, two bytes an element, and one of FP8 weights."""
     if config.walk:
         return _resident_bytes(problem, config)
+    # With warps that feed also the barriers, and what these are told at their start.
+    fed = 16 * (config.stages + config.columns) + 384 if config.feeder else 0
     if config.columns:
-        return 1024 * column_groups(problem, config) + 2 * config.bn * config.bk * config.stages
+        return 1024 * column_groups(problem, config) + 2 * config.bn * config.bk * config.stages + fed
     row_bytes = 2 * config.bm + (1 if problem.fp8 else 2) * config.bn * (2 if problem.gated else 1)
-    return row_bytes * config.bk * config.stages
+    return row_bytes * config.bk * config.stages + fed
 
 
 def _resident_bytes(problem: Problem, config: Config) -> int:
@@ -157,6 +167,23 @@ def parts_ahead(problem: Problem, config: Config) -> int:
     sums = (2 if problem.gated else 1) + (1 if problem.fp8 else 0)
     numbers = sums * config.bm * config.bn // (32 * config.warps)
     return 4 if numbers <= 32 else 2 if numbers <= 64 else 1
+
+
+# Of a thread of the warp that feeds, and of the three that fill its group up; the fewest that there can be.
+FEEDER_REGISTERS = 24
+
+
+def fed_registers(problem: Problem, config: Config) -> int:
+    """Registers a thread with which the kernel with a feeding warp is launched; those that it leaves, the others take.
+
+    As few as hold the sums and the epilogue: all of a processor's would keep the next kernel from beginning early.
+    """
+    numbers = config.bm * config.bn * (2 if problem.gated else 1) // (32 * config.warps)
+    wanted = 104 if numbers <= 16 else 136 if numbers <= 32 else 200
+    if numbers > 64 or (numbers > 32 and config.splits > 1):
+        wanted = 232
+    share = (wanted * config.warps + FEEDER_REGISTERS * 4) / (config.warps + 4)
+    return 8 * math.ceil(share / 8)
 
 
 def row_tiles(problem: Problem, config: Config) -> int:
@@ -213,6 +240,8 @@ def fits(problem: Problem, config: Config, card: Card) -> bool:
         return False
     if config.walk and (config.walk < 0 or not _stays(problem, config)):
         return False
+    if config.feeder and not _is_fed(problem, config):
+        return False
     # A block's FP8 products are summed apart, and the kernel of 9.0 reads one block of the map ahead.
     if problem.fp8 and (config.bk < 32 or (config.bx and config.stages < 3)):
         return False
@@ -262,6 +291,35 @@ _BOX_SHAPES = (
 )
 
 
+# And with a warp that feeds: rows, channels, length of a block, warps that multiply, and depth.
+_FED_SHAPES = (
+    (64, 32, 64, 4, 10),
+    (64, 64, 64, 4, 10),
+    (64, 64, 128, 4, 5),
+    (64, 128, 64, 4, 6),
+    (128, 64, 64, 4, 6),
+)
+# Short sums end before the feeding warp is ahead: none of up to 320 channels, and no gated layer, was faster with one.
+_SHORTEST_FED = 512
+
+
+def _is_fed(problem: Problem, config: Config) -> bool:
+    """Whether the kernels with feeding warps can run a problem: all but FP8; whole groups of four warps multiply."""
+    alone = config.feeder == 1 and not config.walk and config.bx > 0
+    groups = config.warps in (4, 8) and config.bm >= 16 * config.warps
+    # A block is given back when the next one is under way.
+    return alone and groups and config.stages > 1 and config.columns != 1 and not problem.fp8
+
+
+def _fed_shapes(problem: Problem) -> Iterator[Config]:
+    """Deep rings, as the feeding warp runs ahead; not deeper than the sum is long."""
+    if problem.gated or problem.depth < _SHORTEST_FED:
+        return
+    for bm, bn, bk, warps, depth in _FED_SHAPES:
+        if problem.cin % bk == 0 and problem.tail % bk == 0:
+            yield Config(bm, bn, bk, warps, min(depth, problem.depth // bk), 1, *box(problem, bm), feeder=1)
+
+
 # Of the first kernel's tiles, those that may still win where the second can run.
 _FEW_SHAPES = (
     (128, 128, 4, (4,)),
@@ -305,6 +363,10 @@ _COLUMN_SHAPES = (
 )
 
 
+# Those of them that are worth a try with warps that feed, with their deepest ring.
+_FED_COLUMN_SHAPES = ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8))
+
+
 def _column_shapes(problem: Problem) -> Iterator[Config]:
     """Tiles of whole rows of eight pixels, or columns: of one image, or of two where they are low."""
     # Upright where that needs fewer tiles.
@@ -318,7 +380,10 @@ def _column_shapes(problem: Problem) -> Iterator[Config]:
                 continue
             by, bx = (8, length) if upright else (length, 8)
             for stages, columns in itertools.product(depths, boxes):
-                yield Config(bm, bn, 64, warps, stages, 1, by, bx, columns)
+                config = Config(bm, bn, 64, warps, stages, 1, by, bx, columns)
+                yield config
+                if (bm, bn, warps) in _FED_COLUMN_SHAPES and (stages, columns) == (depths[-1], boxes[0]):
+                    yield config._replace(feeder=1)
 
 
 # Longer sums leave their rows no room, and gain little.
@@ -415,6 +480,7 @@ def _shapes(problem: Problem, card: Card) -> Iterator[Config]:
         for bm, bn, warps, depths in _BOX_SHAPES:
             for stages in depths:
                 yield Config(bm, bn, 64 if problem.cin >= 64 else 32, warps, stages, 1, *box(problem, bm))
+        yield from _fed_shapes(problem)
         if problem.taps > 1:
             yield from _column_shapes(problem)
         elif problem.cin >= 64:
@@ -463,24 +529,96 @@ def estimate(problem: Problem, card: Card) -> Config:
 
 def attention_fits(problem: AttentionProblem, config: AttentionConfig, card: Card) -> bool:
     """Whether the queries, and the keys and values in flight, fit the shared memory, and the sums the registers."""
+    if config.teams:
+        return card.boxes and _flash_fits(problem, config) and flash_bytes(problem, config) <= card.shared_memory
     dim = 16 * -(-problem.dim // 16)
     shared = 2 * dim * (config.bm + 2 * config.bn * config.stages)
     registers = config.bm * (config.bn + dim) // (32 * config.warps)
     return shared <= card.shared_memory and registers <= 160
 
 
+def flash_width(problem: AttentionProblem) -> int:
+    """Channels of a head as they lie in the shared memory of the kernel of compute capability 9.0."""
+    return max(64, 1 << (problem.dim - 1).bit_length())
+
+
+def flash_bytes(problem: AttentionProblem, config: AttentionConfig) -> int:
+    """Shared memory of a program of that kernel: queries, ring, what the teams' results are sorted in, barriers."""
+    return 2 * flash_width(problem) * (config.bm + 2 * config.bn * config.stages) + 2048 * config.teams + 512
+
+
+def _flash_numbers(problem: AttentionProblem, config: AttentionConfig) -> int:
+    """Registers a thread of that kernel needs for a block's scores, its weights, and the result."""
+    return config.bn // 2 + config.bn // 4 + flash_width(problem) // 2
+
+
+def _flash_fits(problem: AttentionProblem, config: AttentionConfig) -> bool:
+    """Whether that kernel can run a problem: TMA wants heads of whole 16 bytes; a block is awaited while two are used.
+
+    A team has 136, or 232, registers a thread, one of two teams 240, one of three 160.
+    """
+    heads = not problem.causal and problem.dim % 8 == 0 and problem.dim <= 128
+    teams = 1 <= config.teams <= 3 and config.warps == 4 and config.bm == 64 * config.teams
+    registers = _flash_numbers(problem, config) <= (128 if config.teams == 3 else 192)
+    # Weights of a block are an operand of products over 16 keys, and eight a thread go through the exponential at once.
+    block = config.bn >= 16 and config.bn & (config.bn - 1) == 0
+    return heads and teams and registers and block and config.stages >= 3 and 0 <= config.polynomials <= 8
+
+
+def flash_registers(problem: AttentionProblem, config: AttentionConfig) -> Optional[int]:
+    """Registers a thread that a program of that kernel starts with; its teams then take those of its other warps.
+
+    Of programs of one team three or two share a processor; those of more have one for themselves. The assembler wants
+    no product with more numbers than the registers of the start hold.
+    """
+    if config.teams > 1:
+        return None
+    return 80 if max(config.bn, flash_width(problem)) == 64 else 128
+
+
+def flash_programs(problem: AttentionProblem, config: AttentionConfig, card: Card) -> int:
+    """How many programs of that kernel run at once."""
+    by_registers = {None: 1, 80: 3, 128: 2}[flash_registers(problem, config)]
+    # Each takes 1 KB of the memory for the system.
+    by_memory = (card.shared_memory + 1024) // (flash_bytes(problem, config) + 1024)
+    return card.processors * min(by_registers, by_memory)
+
+
+# Teams, keys of a block, blocks in flight, and polynomials of that kernel that are worth a try, by its width of a head.
+_FLASH_SHAPES = {
+    64: ((3, 128, 4, 0), (3, 128, 4, 1), (3, 64, 6, 0), (2, 128, 4, 0)),
+    128: ((3, 64, 4, 0), (2, 64, 4, 0), (1, 64, 4, 0)),
+}
+# Over the 77 keys of a text it was slower everywhere.
+_FEWEST_FLASH_KEYS = 128
+
+
 def attention_candidates(problem: AttentionProblem, card: Card) -> List[AttentionConfig]:
     """Configurations worth timing."""
-    found = []
-    for bm, warps in ((32, 4), (64, 4), (128, 4), (128, 8)):
-        for bn in (32, 64, 128):
-            if bm >= 2 * max(32, problem.length) or bn >= 2 * max(32, problem.keys):
-                continue
-            for stages in (2, 3):
-                config = AttentionConfig(bm, bn, warps, stages)
-                if attention_fits(problem, config, card):
-                    found.append(config)
-    return found
+    shapes = [
+        AttentionConfig(bm, bn, warps, stages)
+        for bm, warps in ((32, 4), (64, 4), (128, 4), (128, 8))
+        for bn in (32, 64, 128)
+        for stages in (2, 3)
+    ]
+    flash = _FLASH_SHAPES.get(flash_width(problem), ()) if problem.keys >= _FEWEST_FLASH_KEYS else ()
+    for teams, bn, stages, polynomials in flash:
+        shapes.append(AttentionConfig(64 * teams, bn, 4, stages, teams, polynomials))
+    return [
+        config
+        for config in shapes
+        if config.bm < 2 * max(64 if config.teams else 32, problem.length)
+        and config.bn < 2 * max(32, problem.keys)
+        and attention_fits(problem, config, card)
+    ]
+
+
+def estimate_attention(problem: AttentionProblem, card: Card) -> AttentionConfig:
+    """A configuration of the kernel that runs on all cards, for problems that nobody measured."""
+    for config in (AttentionConfig(64, 64, 4, 2), AttentionConfig(64, 32, 4, 2), AttentionConfig(32, 32, 4, 2)):
+        if attention_fits(problem, config, card):
+            return config
+    return AttentionConfig(16, 16, 1, 1)
 
 
 class Tuning:
@@ -510,7 +648,7 @@ class Tuning:
         found = self.table.get(problem._replace(fp8=False).key()) if problem.fp8 else None
         if found is None:
             return None
-        config = Config(*found)._replace(columns=0, teams=1, walk=0)
+        config = Config(*found)._replace(columns=0, teams=1, walk=0, feeder=0)
         offered = (config, config._replace(warps=2 * config.warps))
         return next((one for one in offered if one.warps <= 8 and fits(problem, one, self.card)), None)
 
@@ -519,10 +657,7 @@ class Tuning:
         found = self.table.get(problem.key())
         if found is not None and attention_fits(problem, AttentionConfig(*found), self.card):
             return AttentionConfig(*found)
-        for config in (AttentionConfig(64, 64, 4, 2), AttentionConfig(64, 32, 4, 2), AttentionConfig(32, 32, 4, 2)):
-            if attention_fits(problem, config, self.card):
-                return config
-        return AttentionConfig(16, 16, 1, 1)
+        return estimate_attention(problem, self.card)
 
 
 def card_slug(card: Card) -> str:
@@ -549,8 +684,10 @@ def _numbers(key: str, text: str) -> List[int]:
     """One row of a table; raises TypeError or ValueError where it is no configuration."""
     numbers = [int(number) for number in text.split()]
     config = AttentionConfig(*numbers) if "attention" in key else Config(*numbers)
-    if min(config[:6]) < 1:
+    if min(config[: 4 if isinstance(config, AttentionConfig) else 6]) < 1:
         raise ValueError(f"{key} has {text}")
+    if isinstance(config, AttentionConfig) and config.teams and config.bm != 64 * config.teams:
+        raise ValueError(f"{key} has {text}, whose teams do not have 64 queries each")
     if isinstance(config, Config) and (config.bx or config.by):
         pixels = config.by * config.bx
         if min(config.by, config.bx) < 1 or config.bm % pixels:

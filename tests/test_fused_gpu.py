@@ -204,16 +204,6 @@ def test_programs_of_attention_take_several_tiles(card: Card) -> None:
     assert flash_programs(problem, config, card) < 8 * 4 * 1536 // 192
 
 
-def test_attention_of_rows_that_tma_cannot_address(card: Card) -> None:
-    """They go to the kernel that can."""
-    rows = torch.randn(1, 1, 100, 3 * 80 + 4, device="cuda").half()
-    q, k, v = (rows[..., i * 80 : (i + 1) * 80] for i in range(3))
-    wanted = Attention(40, queries=1, images=1, key_images=1).wanted(q[:, :, None], k, v)
-    config = AttentionConfig(64, 64, 4, 3, 1)
-    found = Fused(Tuning(card)).attention(q[:, :, None], k, v, 2, config=config)
-    assert relative(found, wanted) < 5e-4
-
-
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("pdl", [False, True])
 def test_other_kernels(name: str, pdl: bool, card: Card) -> None:

@@ -88,6 +88,20 @@ def test_maps_that_are_no_rows_of_pixels_are_refused() -> None:
             run.matmul(meta(1, 2, 3, 3, 32), weights, **{name: meta(1, 2, 3, 6, 16)[:, :, :, :3]})
 
 
+def test_attention_of_rows_between_multiples_of_16_bytes_is_refused() -> None:
+    run, rows = Fused(Tuning(CARD)), torch.empty(1, 2, 9, 3 * 80 + 4, dtype=torch.float16)
+    whole = torch.empty(1, 2, 9, 3 * 80 + 8, dtype=torch.float16)
+    for between in (rows[..., :80], whole[..., 4:84]):
+        q, k, v = whole[:, :, None, :, :80], whole[..., 80:160], whole[..., 160:240]
+        for name, parts in (
+            ("queries", (between[:, :, None], k, v)),
+            ("keys", (q, between, v)),
+            ("values", (q, k, between)),
+        ):
+            with pytest.raises(ValueError, match=f"the {name} .* multiples of 16 bytes"):
+                run.attention(*parts, heads=2)
+
+
 @needs_triton
 def test_maps_beyond_32_bit_offsets_are_refused() -> None:
     """Eight pictures of 1024 x 1024, and the scores of one of 2048 x 2048, as the decoder has them."""

@@ -209,6 +209,8 @@ def test_limits_by_hand() -> None:
     assert fits(problem, fitting._replace(splits=5), A10) and not fits(problem, fitting._replace(splits=6), A10)
     assert attention_fits(AttentionProblem(64, 64, 40, 8, 2), AttentionConfig(64, 64, 4, 3), A10)
     assert not attention_fits(AttentionProblem(64, 64, 160, 8, 2), AttentionConfig(64, 64, 4, 3), A10)
+    for card in (A10, H200):
+        assert not attention_fits(AttentionProblem(64, 64, 40, 8, 2), AttentionConfig(64, 64, 4, 1), card)
 
 
 def test_walks_fill_the_card_and_end_where_the_tiles_do() -> None:

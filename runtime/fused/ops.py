@@ -24,7 +24,6 @@ from runtime.fused.tuning import (
     Tuning,
     column_groups,
     estimate,
-    estimate_attention,
     fed_registers,
     flash_programs,
     flash_registers,
@@ -592,7 +591,18 @@ class Fused:
             B of the (nets, B, H, W, C) result; images beyond Q repeat the queries of the first. Default Q.
         causal : bool
             A query sees the keys up to its own place.
+
+        Raises
+        ------
+        ValueError
+            Rows do not begin at multiples of 16 bytes.
         """
+        # TMA takes no others, and what Triton 3.6 makes for 9.0 of loads that it cannot copy ahead is wrong.
+        for name, rows in (("queries", q), ("keys", k), ("values", v)):
+            if not _has_whole_rows(rows):
+                raise ValueError(
+                    f"the {name} {tuple(rows.shape)} with strides {rows.stride()} do not begin at multiples of 16 bytes"
+                )
         nets, queries, height, width, channels = q.shape
         batch = images or queries
         out = self.empty(q, nets, batch, height, width, channels)
@@ -603,8 +613,6 @@ class Fused:
             self.uses[problem.key()] += 1
             return out
         chosen = config or self.tuning.attention(problem)
-        if chosen.teams and not all(_has_whole_rows(x) for x in (q, k, v)):
-            chosen = estimate_attention(problem, self.tuning.card)
         launch = self._launch_flash if chosen.teams else self._launch_attention
         launch(problem, chosen, q, k, v, out)
         return out
@@ -962,7 +970,7 @@ def _parts_descriptor(matrix: torch.Tensor, parts: int, block: Tuple[int, ...]) 
 
 
 def _has_whole_rows(x: torch.Tensor) -> bool:
-    """Whether TMA can address a map: its rows, images and nets begin at multiples of 16 bytes."""
+    """Whether the rows, images and nets of a map begin at multiples of 16 bytes."""
     steps = [step for step, size in zip(x.stride()[:-1], x.shape) if size > 1]
     return x.data_ptr() % 16 == 0 and all(step * x.element_size() % 16 == 0 for step in steps)
 

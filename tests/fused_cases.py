@@ -318,13 +318,14 @@ class Attention(NamedTuple):
     keys: int = 21
     heads: int = 2
     causal: bool = False
+    margin: int = 16
 
     def operands(self, device: str = "cpu", dtype: torch.dtype = torch.float16) -> Tuple[torch.Tensor, ...]:
         """Slices of wider rows, as of query, key and value side by side; the scores are a few units large."""
         generator = torch.Generator().manual_seed(self.dim + self.keys)
         channels = self.heads * self.dim
-        rows = torch.randn((self.nets, self.queries, 1, self.length, channels + 16), generator=generator)
-        pairs = torch.randn((self.nets, self.key_images, self.keys, 2 * channels + 16), generator=generator)
+        rows = torch.randn((self.nets, self.queries, 1, self.length, channels + self.margin), generator=generator)
+        pairs = torch.randn((self.nets, self.key_images, self.keys, 2 * channels + self.margin), generator=generator)
         q, kv = (2 * rows).to(device, dtype), pairs.to(device, dtype)
         return q[..., 8 : 8 + channels], kv[..., 8 : 8 + channels], kv[..., 8 + channels : 8 + 2 * channels]
 
@@ -347,6 +348,7 @@ ATTENTIONS: Dict[str, Attention] = {
     "queries of one half": Attention(16, nets=2, queries=2, images=4),
     "one query": Attention(40, queries=1, images=2, length=1),
     "keys that fill their blocks": Attention(16, keys=32),
+    "rows that begin at odd multiples of 16 bytes": Attention(40, length=70, keys=100, margin=24),
 }
 
 

@@ -100,6 +100,8 @@ def test_attention_of_rows_between_multiples_of_16_bytes_is_refused() -> None:
         ):
             with pytest.raises(ValueError, match=f"the {name} .* multiples of 16 bytes"):
                 run.attention(*parts, heads=2)
+    with pytest.raises(ValueError, match="odd number"):
+        run.attention(whole[:, :, None, :, :80], whole[..., 80:160], whole[..., 160:240], heads=16)
 
 
 @needs_triton

@@ -382,6 +382,7 @@ def attention_kernel(
     D2: tl.constexpr,
     CAUSAL: tl.constexpr,
     EVEN: tl.constexpr,
+    UNIT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
@@ -391,7 +392,15 @@ def attention_kernel(
 
     `factor` is the scale of the scores times log2(e). Images beyond `queries` repeat the queries of the first;
     `keys_shared` images in a row have the same keys. EVEN: BN divides S, so no key needs a mask.
+
+    Rows of q, k and v begin at multiples of 16 bytes, and the compiler has to know it to copy them ahead: what Triton
+    3.6 makes for 9.0 of a loop over loads that it cannot copy ahead is wrong. Of strides that divide by 16 it does;
+    where one does not, all of the three tensors' count UNIT elements.
     """
+    if UNIT > 1:
+        ldq, ldk, ldv = ldq * UNIT, ldk * UNIT, ldv * UNIT
+        q_net, k_net, v_net = q_net * UNIT, k_net * UNIT, v_net * UNIT
+        q_batch, k_batch, v_batch = q_batch * UNIT, k_batch * UNIT, v_batch * UNIT
     head = tl.program_id(1)
     net = (tl.program_id(2) // batches).to(tl.int64)
     image = (tl.program_id(2) % batches).to(tl.int64)

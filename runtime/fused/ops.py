@@ -595,9 +595,9 @@ class Fused:
         Raises
         ------
         ValueError
-            Rows do not begin at multiples of 16 bytes.
+            Rows do not begin at multiples of 16 bytes, or a head has an odd number of channels.
         """
-        # TMA takes no others, and what Triton 3.6 makes for 9.0 of loads that it cannot copy ahead is wrong.
+        # TMA takes no others, and the kernel for all cards cannot copy them ahead (see there).
         for name, rows in (("queries", q), ("keys", k), ("values", v)):
             if not _has_whole_rows(rows):
                 raise ValueError(
@@ -607,6 +607,8 @@ class Fused:
         batch = images or queries
         out = self.empty(q, nets, batch, height, width, channels)
         length, keys, dim = height * width, k.shape[2], channels // heads
+        if dim % 2:
+            raise ValueError(f"{heads} heads of {channels} channels have {dim} each, an odd number")
         problem = AttentionProblem(length, keys, dim, heads, nets * batch, causal)
         if q.device.type == "meta":
             self.asked_attention.add(problem)
@@ -632,6 +634,7 @@ class Fused:
         # At least 16, which tensor cores take at once.
         d1 = max(16, 1 << (dim.bit_length() - 1))
         d2 = 0 if d1 >= dim else max(16, _power_of_two(dim - d1))
+        unit = 1 if all(step % 16 == 0 for x in (q, k, v) for step in x.stride()[:-1]) else 8
         self._launch(
             attention_kernel,
             (-(-problem.length // config.bm), problem.heads, problem.images),
@@ -641,17 +644,17 @@ class Fused:
             out,
             problem.length,
             problem.keys,
-            q.stride(3),
-            k.stride(2),
-            v.stride(2),
+            q.stride(3) // unit,
+            k.stride(2) // unit,
+            v.stride(2) // unit,
             out.stride(3),
-            q.stride(0),
-            k.stride(0),
-            v.stride(0),
+            q.stride(0) // unit,
+            k.stride(0) // unit,
+            v.stride(0) // unit,
             out.stride(0),
-            q.stride(1),
-            k.stride(1),
-            v.stride(1),
+            q.stride(1) // unit,
+            k.stride(1) // unit,
+            v.stride(1) // unit,
             out.stride(1),
             batch,
             q.shape[1],
@@ -662,6 +665,7 @@ class Fused:
             D2=d2,
             CAUSAL=problem.causal,
             EVEN=problem.keys % config.bn == 0,
+            UNIT=unit,
             BM=config.bm,
             BN=config.bn,
             STAGES=config.stages,

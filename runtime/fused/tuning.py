@@ -531,7 +531,7 @@ def attention_fits(problem: AttentionProblem, config: AttentionConfig, card: Car
     """Whether the queries, and the keys and values in flight, fit the shared memory, and the sums the registers."""
     if config.teams:
         return card.boxes and _flash_fits(problem, config) and flash_bytes(problem, config) <= card.shared_memory
-    # What Triton 3.6 makes for 9.0 of operands that are not copied ahead is wrong; one warp's products go another way.
+    # Nothing is copied ahead, which the kernel cannot do without (see there); one warp's products go another way.
     if config.stages < 2 and config.warps > 1:
         return False
     dim = 16 * -(-problem.dim // 16)

@@ -52,6 +52,12 @@ class Tokenizer:
                 f"the tokenizer has {len(self._tokenizer)} tokens, but {config.name}'s text encoder only"
                 f" {config.text.vocab_size}: models/{config.tokenizer} belongs to another model"
             )
+        special = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id, self._tokenizer.pad_token_id)
+        if None in special:
+            raise ValueError(
+                f"tokenizer_config.json in {Path(config.folder) / config.tokenizer} names no bos_token, eos_token or"
+                " pad_token: copy CLIP's"
+            )
 
     def __call__(self, texts: List[str]) -> Tuple[np.ndarray, List[str]]:
         """Ids of the texts, and a warning for each text that was too long, naming what was cut."""

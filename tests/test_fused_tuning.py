@@ -255,6 +255,7 @@ def test_a_warp_feeds_only_what_the_kernel_can_run() -> None:
     assert shared_bytes(problem, config) == 8 * (2 * 2 * 64 * 64 + 16) + 384
     for change in (
         {"feeder": 2},
+        {"bn": 256, "stages": 4},
         {"stages": 1},
         {"columns": 1},
         {"walk": 1},

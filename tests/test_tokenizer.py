@@ -254,6 +254,23 @@ def test_several_long_texts(tokenizer: Tokenizer) -> None:
     assert len(warnings) == 2 and "1 were cut: 'bird'" in warnings[0] and "5 were cut: 'owl owl" in warnings[1]
 
 
+def test_rows_are_transformers_own(tokenizer: Tokenizer) -> None:
+    """Its padding and truncation, with special tokens inside a text, and the second time as the first."""
+    texts = ["", "a red bird", f"a {END} bird {START}", "bird " * 90, START * 80, "a red bird"]
+    wanted = tokenizer._tokenizer(texts, truncation=True, max_length=77, padding="max_length")["input_ids"]
+    for _ in range(2):
+        np.testing.assert_array_equal(tokenizer(texts)[0], wanted)
+
+
+def test_tokenizer_without_padding(tiny_config: ModelConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "tiny_tokenizer"
+    shutil.copytree(FOLDER, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "pad_token": None}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json .* pad_token"):
+        Tokenizer(dataclasses.replace(tiny_config, folder=str(folder.parent)))
+
+
 def test_missing_vocabulary(tiny_config: ModelConfig, tmp_path: Path) -> None:
     config = dataclasses.replace(tiny_config, folder=str(tmp_path))
     with pytest.raises(TokenizerNotFound) as error:

@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from runtime.fused.fed import FEEDER_REGISTERS
 from runtime.fused.resident import store_layout
 
 # Numbers that one piece of assembly takes at a time.
@@ -294,7 +295,7 @@ def flash_attention_kernel(
                 (_fill, (q, k, v, rings, grid, queries, keys_shared, PDL)),
             ],
             [1],
-            [24],
+            [FEEDER_REGISTERS],
         )
     elif TEAMS == 2:
         gl.warp_specialize(
@@ -304,7 +305,7 @@ def flash_attention_kernel(
                 (_fill, (q, k, v, rings, grid, queries, keys_shared, PDL)),
             ],
             [num_warps, 1],
-            [240, 24],
+            [240, FEEDER_REGISTERS],
         )
     else:
         gl.warp_specialize(
@@ -315,5 +316,5 @@ def flash_attention_kernel(
                 (_fill, (q, k, v, rings, grid, queries, keys_shared, PDL)),
             ],
             [num_warps, num_warps, 1],
-            [160, 160, 24],
+            [160, 160, FEEDER_REGISTERS],
         )

@@ -323,19 +323,9 @@ class Fused:
     ) -> None:
         from runtime.fused.hopper import tma_matmul_kernel
 
-        grid, operands = self._boxes(problem, config, x, weights, tail, epilogue)
-        self._launch(
-            tma_matmul_kernel,
-            grid,
-            *operands,
-            *(weights.fp8 or Scaling(weights.matrix, 1.0)),
-            BB=config.bm // (config.by * config.bx),
-            BY=config.by,
-            BX=config.bx,
-            STRIDE=problem.stride,
-            STATIC=weights.static,
-            **epilogue.options(config),
-        )
+        grid, operands, boxes = self._boxes(problem, config, x, weights, tail, epilogue)
+        scaling = weights.fp8 or Scaling(weights.matrix, 1.0)
+        self._launch(tma_matmul_kernel, grid, *operands, *scaling, **boxes, **epilogue.options(config))
 
     def _launch_fed(
         self,
@@ -348,19 +338,9 @@ class Fused:
     ) -> None:
         from runtime.fused.fed import fed_matmul_kernel
 
-        grid, operands = self._boxes(problem, config, x, weights, tail, epilogue)
-        self._launch(
-            fed_matmul_kernel,
-            grid,
-            *operands,
-            BB=config.bm // (config.by * config.bx),
-            BY=config.by,
-            BX=config.bx,
-            STRIDE=problem.stride,
-            STATIC=weights.static,
-            maxnreg=fed_registers(problem, config),
-            **epilogue.options(config, without=("FP8",)),
-        )
+        grid, operands, boxes = self._boxes(problem, config, x, weights, tail, epilogue)
+        options = epilogue.options(config, without=("FP8",))
+        self._launch(fed_matmul_kernel, grid, *operands, maxnreg=fed_registers(problem, config), **boxes, **options)
 
     def _boxes(
         self,
@@ -370,12 +350,13 @@ class Fused:
         weights: Weights,
         tail: Optional[torch.Tensor],
         epilogue: _Epilogue,
-    ) -> Tuple[Tuple[int, ...], Tuple[Any, ...]]:
-        """The grid and the operands of both kernels that take boxes of pixels."""
+    ) -> Tuple[Tuple[int, ...], Tuple[Any, ...], Dict[str, Any]]:
+        """The grid, operands and compile-time values of both kernels that take boxes of pixels."""
         linear = problem.taps == 1
         sizes = (1, 1, problem.m) if linear else (problem.images, problem.height, problem.width)
         images, oh, ow = sizes
-        block = (1, config.bm // (config.by * config.bx), config.by, config.bx, config.bk)
+        images_of_box = config.bm // (config.by * config.bx)
+        block = (1, images_of_box, config.by, config.bx, config.bk)
         matrix = weights.matrix
         tiles = row_tiles(problem, config) * -(-problem.n // config.bn)
         maps = _strided_descriptor(x, block) if problem.stride > 1 else _map_descriptor(x, block, linear)
@@ -396,7 +377,14 @@ class Fused:
             *epilogue.net_steps,
             config.splits,
         )
-        return (tiles, config.splits, problem.nets), operands
+        options = {
+            "BB": images_of_box,
+            "BY": config.by,
+            "BX": config.bx,
+            "STRIDE": problem.stride,
+            "STATIC": weights.static,
+        }
+        return (tiles, config.splits, problem.nets), operands, options
 
     def _launch_columns(
         self,
@@ -634,7 +622,8 @@ class Fused:
         # At least 16, which tensor cores take at once.
         d1 = max(16, 1 << (dim.bit_length() - 1))
         d2 = 0 if d1 >= dim else max(16, _power_of_two(dim - d1))
-        unit = 1 if all(step % 16 == 0 for x in (q, k, v) for step in x.stride()[:-1]) else 8
+        eight = 16 // q.element_size()
+        unit = 1 if all(step % 16 == 0 for x in (q, k, v) for step in x.stride()[:-1]) else eight
         self._launch(
             attention_kernel,
             (-(-problem.length // config.bm), problem.heads, problem.images),

@@ -75,7 +75,7 @@ class Config(NamedTuple):
     With `bx` the kernel for compute capability 9.0 runs, on boxes of bm / (by bx) images x by x bx pixels; with
     `columns` as well the one whose taps share boxes, so many of which are in flight, eight pixels wide, or eight high
     where bx is not 8. With `walk` the one whose rows stay runs: a program of `teams` times the warps takes so many
-    tiles of channels. With `feeder` further warps copy the boxes, and these only multiply.
+    tiles of channels. With `feeder` = 1 further warps copy the boxes, and `warps` only multiply.
     """
 
     bm: int
@@ -304,11 +304,10 @@ _SHORTEST_FED = 512
 
 
 def _is_fed(problem: Problem, config: Config) -> bool:
-    """Whether the kernels with feeding warps can run a problem: all but FP8; whole groups of four warps multiply."""
-    alone = config.feeder == 1 and not config.walk and config.bx > 0
-    groups = config.warps in (4, 8) and config.bm >= 16 * config.warps
-    # A block is given back when the next one is under way.
-    return alone and groups and config.stages > 1 and config.columns != 1 and not problem.fp8
+    """Whether the kernels with feeding warps can run a problem, all but FP8, with boxes that are whole."""
+    alone = config.feeder == 1 and config.bx > 0 and not config.walk and not problem.fp8
+    # A product's numbers have to fit the registers of the launch, which of four warps are 128 or fewer.
+    return alone and (config.bn <= 128 or config.warps == 8)
 
 
 def _fed_shapes(problem: Problem) -> Iterator[Config]:

@@ -9,7 +9,7 @@ import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple
+from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
 import numpy as np
 import pytest
@@ -268,6 +268,19 @@ def boxed(call: Call, *numbers: int) -> Call:
     return chosen
 
 
+def compiled_with(compiled: Callable[..., List[Compiled]], call: Call, config: Config) -> Tuple[Compiled, Problem]:
+    """One product with a configuration of the kernels for 9.0, checked, and what problem it is."""
+    problems: List[Problem] = []
+
+    def chosen(run: Fused) -> None:
+        run.tuning.config = lambda problem: problems.append(problem) or config  # type: ignore
+        call(run)
+
+    (found,) = compiled(90, chosen)
+    check(found, 90)
+    return found, problems[0]
+
+
 def strided(run: Fused) -> None:
     run.matmul(maps(2, 2, 16, 24, 640), weights(2, 640, 9 * 640, taps=9, stride=2))
 
@@ -355,18 +368,11 @@ def test_fed(compiled: Callable[..., List[Compiled]], name: str, tmp_path: Path)
     """The products' loop has one barrier, of the warps that multiply; warps that feed have none."""
     pytest.importorskip("triton.experimental.gluon")
     call, config = FED[name]
-    problems: List[Problem] = []
-
-    def chosen(run: Fused) -> None:
-        run.tuning.config = lambda problem: problems.append(problem) or config  # type: ignore
-        call(run)
-
-    (found,) = compiled(90, chosen)
-    check(found, 90)
+    found, problem = compiled_with(compiled, call, config)
     assert found.kernel.metadata.name == ("fed_column_conv_kernel" if config.columns else "fed_matmul_kernel")
     assert found.kernel.metadata.num_warps == config.warps + 4, "those that feed, and what fills their group up"
-    assert found.usage["REG"] == fed_registers(problems[0], config) <= 65536 // (32 * (config.warps + 4))
-    assert 0 <= shared_bytes(problems[0], config) - found.kernel.metadata.shared < 384
+    assert found.usage["REG"] == fed_registers(problem, config) <= 65536 // (32 * (config.warps + 4))
+    assert 0 <= shared_bytes(problem, config) - found.kernel.metadata.shared < 384
     operands = re.findall(r"wgmma\.mma_async\.sync[^}]*}, (%\w+), (%\w+)", found.ptx)
     assert operands and all(one.startswith("%rd") for pair in operands for one in pair), "no descriptors"
     assert "st.global.v4" in found.ptx or "st.global.L1::no_allocate.v4" in found.ptx, "narrow stores"
@@ -435,17 +441,10 @@ def test_resident(compiled: Callable[..., List[Compiled]], name: str, tmp_path: 
     """Both operands are read where they lie, products are under way together, and it takes the memory it says."""
     pytest.importorskip("triton.experimental.gluon")
     call, config = RESIDENT[name]
-    problems: List[Problem] = []
-
-    def chosen(run: Fused) -> None:
-        run.tuning.config = lambda problem: problems.append(problem) or config  # type: ignore
-        call(run)
-
-    (found,) = compiled(90, chosen)
-    check(found, 90)
+    found, problem = compiled_with(compiled, call, config)
     assert found.kernel.metadata.name == "resident_matmul_kernel"
     assert found.kernel.metadata.num_warps == config.warps * config.teams
-    assert 0 <= shared_bytes(problems[0], config) - found.kernel.metadata.shared < 1024
+    assert 0 <= shared_bytes(problem, config) - found.kernel.metadata.shared < 1024
     operands = re.findall(r"wgmma\.mma_async\.sync[^}]*}, (%\w+), (%\w+)", found.ptx)
     assert operands and all(one.startswith("%rd") for pair in operands for one in pair), "no descriptors"
     assert "cp.async.bulk.tensor.4d" in found.ptx and "serialized" not in _assembler_notes(found.ptx, tmp_path)

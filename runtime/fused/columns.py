@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from runtime.fused.hopper import epilogue_operands, finish, rows_layout
+from runtime.fused.hopper import epilogue_operands, finish, part_of_sum, rows_layout, tile_place
 
 
 @gluon.jit
@@ -69,6 +69,35 @@ def load_column(
         # The tail is not moved: one row and one pixel further than the first tap of a convolution of nine.
         c = (column - NT * blocks) * BK
         tma.async_copy_global_to_shared(tail, [x_net, y0 + 1, b0, x0 + 1, c], bar, box)
+
+
+@gluon.jit
+def first_tap(net, x0, y0, TAPS: gl.constexpr, SWAP: gl.constexpr):
+    """The net whose map is read, and where a tile's first tap falls in it."""
+    x_net = net
+    left = x0 - 1
+    top = y0 - 1
+    if TAPS == 4:
+        x_net = 0
+        if SWAP:
+            left += net // 2
+            top += net % 2
+        else:
+            left += net % 2
+            top += net // 2
+    return x_net, left, top
+
+
+@gluon.jit
+def column_pixels(
+    b0, y0, x0, BB: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, SWAP: gl.constexpr, num_warps: gl.constexpr
+):  # fmt: skip
+    """Of a tile's rows, of eight pixels side by side for each image: image, y and x of the output."""
+    r = gl.arange(0, BM, layout=gl.SliceLayout(1, rows_layout(BN, num_warps)))
+    image = b0 + r // 8 % BB
+    oy = x0 + r % 8 if SWAP else y0 + r // (8 * BB)
+    ox = y0 + r // (8 * BB) if SWAP else x0 + r % 8
+    return image, oy, ox
 
 
 @gluon.jit(
@@ -144,35 +173,15 @@ def column_conv_kernel(
     """
     NT: gl.constexpr = 3 if TAPS == 9 else 2
     BM: gl.constexpr = BY * BB * 8
-    tiles_x = gl.cdiv(OH if SWAP else OW, 8)
-    tiles_y = gl.cdiv(OW if SWAP else OH, BY)
-    tiles_m = tiles_x * tiles_y * gl.cdiv(images, BB)
     tile = gl.program_id(0)
     split = gl.program_id(1)
     net = gl.program_id(2)
-    tile_m = tile % tiles_m
-    n0 = (tile // tiles_m) * BN
-    x0 = (tile_m % tiles_x) * 8
-    y0 = (tile_m // tiles_x % tiles_y) * BY
-    b0 = (tile_m // (tiles_x * tiles_y)) * BB
-    # Where the first tap falls.
-    x_net = net
-    left = x0 - 1
-    top = y0 - 1
-    if TAPS == 4:
-        x_net = 0
-        if SWAP:
-            left += net // 2
-            top += net % 2
-        else:
-            left += net % 2
-            top += net // 2
+    tiles_x = gl.cdiv(OH if SWAP else OW, 8)
+    tiles_y = gl.cdiv(OW if SWAP else OH, BY)
+    n0, x0, y0, b0 = tile_place(tile, tiles_x, tiles_y, images, BB, BY, 8, BN)
+    x_net, left, top = first_tap(net, x0, y0, TAPS, SWAP)
     convs = NT * blocks
-    first = 0
-    last = convs + tail_blocks
-    if SPLIT:
-        first = split * last // splits
-        last = (split + 1) * last // splits
+    first, last = part_of_sum(split, splits, convs + tail_blocks, SPLIT)
     # In blocks: NT a column, and one of the tail.
     begin = NT * gl.minimum(first, convs) + gl.maximum(first - convs, 0)
     end = NT * gl.minimum(last, convs) + gl.maximum(last - convs, 0)
@@ -208,10 +217,7 @@ def column_conv_kernel(
                 first + i, i, x, halo, tail, x_net, b0, top, left, blocks, pool, a_bars, NT, HAS_TAIL, BB, BY, BK
             )  # fmt: skip
 
-    r = gl.arange(0, BM, layout=gl.SliceLayout(1, rows_layout(BN, num_warps)))
-    image = b0 + r // 8 % BB
-    oy = x0 + r % 8 if SWAP else y0 + r // (8 * BB)
-    ox = y0 + r // (8 * BB) if SWAP else x0 + r % 8
+    image, oy, ox = column_pixels(b0, y0, x0, BB, BM, BN, SWAP, num_warps)
     # Read now, if the registers have room for it: behind the sum the card would wait for it.
     EARLY: gl.constexpr = AHEAD >= 2
     if EARLY:

@@ -17,7 +17,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from runtime.fused.hopper import copy_pixels, copy_weights, epilogue_operands, finish, rows_layout
+from runtime.fused.hopper import (
+    box_pixels,
+    copy_pixels,
+    copy_weights,
+    epilogue_operands,
+    finish,
+    part_of_sum,
+    tile_place,
+)
 from runtime.fused.tuning import FEEDER_REGISTERS as _FEEDER_REGISTERS
 
 FEEDER_REGISTERS = gl.constexpr(_FEEDER_REGISTERS)
@@ -196,26 +204,15 @@ def fed_matmul_kernel(
 ):
     """What `hopper.tma_matmul_kernel` computes, of the same operands but for FP8."""
     BM: gl.constexpr = BB * BY * BX
-    tiles_x = gl.cdiv(OW, BX)
-    tiles_y = gl.cdiv(OH, BY)
-    tiles_m = tiles_x * tiles_y * gl.cdiv(images, BB)
     tile = gl.program_id(0)
     split = gl.program_id(1)
     net = gl.program_id(2)
-    tile_m = tile % tiles_m
-    n0 = (tile // tiles_m) * BN
-    x0 = (tile_m % tiles_x) * BX
-    y0 = (tile_m // tiles_x % tiles_y) * BY
-    b0 = (tile_m // (tiles_x * tiles_y)) * BB
+    n0, x0, y0, b0 = tile_place(tile, gl.cdiv(OW, BX), gl.cdiv(OH, BY), images, BB, BY, BX, BN)
     x_net = 0 if TAPS == 4 else net
     b_x = b0
     if STRIDE == 2:
         b_x += net * images
-    first = 0
-    last = TAPS * blocks + tail_blocks
-    if SPLIT:
-        first = split * last // splits
-        last = (split + 1) * last // splits
+    first, last = part_of_sum(split, splits, TAPS * blocks + tail_blocks, SPLIT)
     # Or else the path around the loop, with its sums of zeros, makes the assembler wait for each product.
     gl.assume(first < last)
 
@@ -232,10 +229,7 @@ def fed_matmul_kernel(
     fence_async_shared()
     gl.thread_barrier()
 
-    r = gl.arange(0, BM, layout=gl.SliceLayout(1, rows_layout(BN, num_warps)))
-    image = b0 + r // (BY * BX)
-    oy = y0 + r // BX % BY
-    ox = x0 + r % BX
+    image, oy, ox = box_pixels(b0, y0, x0, BY, BX, BM, BN, num_warps)
     # Read before the sum, if the registers have room for it: behind it the card would wait for it.
     EARLY: gl.constexpr = AHEAD >= 2
     acc, gate, bias_values, gate_bias, shift_values, residual_values = gl.warp_specialize(

@@ -16,9 +16,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from runtime.fused.columns import load_column, load_weights
+from runtime.fused.columns import column_pixels, first_tap, load_column, load_weights
 from runtime.fused.fed import FEEDER_REGISTERS
-from runtime.fused.hopper import epilogue_operands, finish, rows_layout
+from runtime.fused.hopper import epilogue_operands, finish, part_of_sum, tile_place
 
 
 @gluon.jit
@@ -201,35 +201,15 @@ def fed_column_conv_kernel(
     """What `columns.column_conv_kernel` computes, of the same operands; COLUMNS is two or more."""
     NT: gl.constexpr = 3 if TAPS == 9 else 2
     BM: gl.constexpr = BY * BB * 8
-    tiles_x = gl.cdiv(OH if SWAP else OW, 8)
-    tiles_y = gl.cdiv(OW if SWAP else OH, BY)
-    tiles_m = tiles_x * tiles_y * gl.cdiv(images, BB)
     tile = gl.program_id(0)
     split = gl.program_id(1)
     net = gl.program_id(2)
-    tile_m = tile % tiles_m
-    n0 = (tile // tiles_m) * BN
-    x0 = (tile_m % tiles_x) * 8
-    y0 = (tile_m // tiles_x % tiles_y) * BY
-    b0 = (tile_m // (tiles_x * tiles_y)) * BB
-    # Where the first tap falls.
-    x_net = net
-    left = x0 - 1
-    top = y0 - 1
-    if TAPS == 4:
-        x_net = 0
-        if SWAP:
-            left += net // 2
-            top += net % 2
-        else:
-            left += net % 2
-            top += net // 2
+    tiles_x = gl.cdiv(OH if SWAP else OW, 8)
+    tiles_y = gl.cdiv(OW if SWAP else OH, BY)
+    n0, x0, y0, b0 = tile_place(tile, tiles_x, tiles_y, images, BB, BY, 8, BN)
+    x_net, left, top = first_tap(net, x0, y0, TAPS, SWAP)
     convs = NT * blocks
-    first = 0
-    last = convs + tail_blocks
-    if SPLIT:
-        first = split * last // splits
-        last = (split + 1) * last // splits
+    first, last = part_of_sum(split, splits, convs + tail_blocks, SPLIT)
     # In blocks: NT a column, and one of the tail.
     begin = NT * gl.minimum(first, convs) + gl.maximum(first - convs, 0)
     end = NT * gl.minimum(last, convs) + gl.maximum(last - convs, 0)
@@ -254,10 +234,7 @@ def fed_column_conv_kernel(
     fence_async_shared()
     gl.thread_barrier()
 
-    r = gl.arange(0, BM, layout=gl.SliceLayout(1, rows_layout(BN, num_warps)))
-    image = b0 + r // 8 % BB
-    oy = x0 + r % 8 if SWAP else y0 + r // (8 * BB)
-    ox = y0 + r // (8 * BB) if SWAP else x0 + r % 8
+    image, oy, ox = column_pixels(b0, y0, x0, BB, BM, BN, SWAP, num_warps)
     # Read before the sum, if the registers have room for it: behind it the card would wait for it.
     EARLY: gl.constexpr = AHEAD >= 2
     acc, bias_values, gate_bias, shift_values, residual_values = gl.warp_specialize(

@@ -103,6 +103,43 @@ def rows_layout(BN, num_warps):
 
 
 @gluon.jit
+def tile_place(
+    tile, tiles_x, tiles_y, images, BB: gl.constexpr, BY: gl.constexpr, BX: gl.constexpr, BN: gl.constexpr
+):  # fmt: skip
+    """A tile's first channel, column, row and image; neighbours have the same channels."""
+    tiles_m = tiles_x * tiles_y * gl.cdiv(images, BB)
+    tile_m = tile % tiles_m
+    n0 = (tile // tiles_m) * BN
+    x0 = (tile_m % tiles_x) * BX
+    y0 = (tile_m // tiles_x % tiles_y) * BY
+    b0 = (tile_m // (tiles_x * tiles_y)) * BB
+    return n0, x0, y0, b0
+
+
+@gluon.jit
+def part_of_sum(split, splits, total, SPLIT: gl.constexpr):
+    """The first block of a program's part of the sum, and that behind its last."""
+    first = 0
+    last = total
+    if SPLIT:
+        first = split * total // splits
+        last = (split + 1) * total // splits
+    return first, last
+
+
+@gluon.jit
+def box_pixels(
+    b0, y0, x0, BY: gl.constexpr, BX: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, num_warps: gl.constexpr
+):  # fmt: skip
+    """Of a tile's rows, the pixels of a box: image, y and x of the output."""
+    r = gl.arange(0, BM, layout=gl.SliceLayout(1, rows_layout(BN, num_warps)))
+    image = b0 + r // (BY * BX)
+    oy = y0 + r // BX % BY
+    ox = x0 + r % BX
+    return image, oy, ox
+
+
+@gluon.jit
 def epilogue_operands(
     image, oy, ox, n0, net, bias, shift, residual, images, N, OH, OW, ldr, bias_net, shift_net, residual_net,
     residual_rows, HAS_BIAS: gl.constexpr, HAS_SHIFT: gl.constexpr, HAS_RESIDUAL: gl.constexpr, GATED: gl.constexpr,
@@ -259,27 +296,15 @@ def tma_matmul_kernel(
     With STRIDE 2 x is (nets B, H / 2, 2, W / 2, 2 C).
     """
     BM: gl.constexpr = BB * BY * BX
-    tiles_x = gl.cdiv(OW, BX)
-    tiles_y = gl.cdiv(OH, BY)
-    tiles_m = tiles_x * tiles_y * gl.cdiv(images, BB)
     tile = gl.program_id(0)
     split = gl.program_id(1)
     net = gl.program_id(2)
-    tile_m = tile % tiles_m
-    n0 = (tile // tiles_m) * BN
-    x0 = (tile_m % tiles_x) * BX
-    y0 = (tile_m // tiles_x % tiles_y) * BY
-    b0 = (tile_m // (tiles_x * tiles_y)) * BB
+    n0, x0, y0, b0 = tile_place(tile, gl.cdiv(OW, BX), gl.cdiv(OH, BY), images, BB, BY, BX, BN)
     x_net = 0 if TAPS == 4 else net
     b_x = b0
     if STRIDE == 2:
         b_x += net * images
-    total = TAPS * blocks + tail_blocks
-    first = 0
-    last = total
-    if SPLIT:
-        first = split * total // splits
-        last = (split + 1) * total // splits
+    first, last = part_of_sum(split, splits, TAPS * blocks + tail_blocks, SPLIT)
     # Without this the compiler keeps a path around the loop, and the assembler lets one product wait for the other.
     gl.assume(first < last)
 
@@ -309,10 +334,7 @@ def tma_matmul_kernel(
             _load_pixels(
                 first + i, i, x, tail, x_net, b_x, y0, x0, net, cin, blocks, a_slots, bars, TAPS, STRIDE, HAS_TAIL, BK
             )  # fmt: skip
-    r = gl.arange(0, BM, layout=gl.SliceLayout(1, rows_layout(BN, num_warps)))
-    image = b0 + r // (BY * BX)
-    oy = y0 + r // BX % BY
-    ox = x0 + r % BX
+    image, oy, ox = box_pixels(b0, y0, x0, BY, BX, BM, BN, num_warps)
     # Read now, if the registers have room for it: behind the sum the card would wait for it.
     EARLY: gl.constexpr = AHEAD >= 2
     if EARLY:

@@ -161,6 +161,17 @@ class _Epilogue:
         return {name: value for name, value in values.items() if name not in without}
 
 
+class _Product(NamedTuple):
+    """One launch of a matrix product: what `Fused.matmul` was asked for, and how it is to run."""
+
+    problem: Problem
+    config: Config
+    x: torch.Tensor
+    weights: Weights
+    tail: Optional[torch.Tensor]
+    epilogue: _Epilogue
+
+
 class Fused:
     """Launches the kernels.
 
@@ -263,20 +274,14 @@ class Fused:
             launch = self._launch_fed
         elif chosen.bx:
             launch = self._launch_boxes
-        launch(problem, chosen, x, weights, tail, _Epilogue(problem, weights, out, shift, residual, scale, act))
+        epilogue = _Epilogue(problem, weights, out, shift, residual, scale, act)
+        launch(_Product(problem, chosen, x, weights, tail, epilogue))
         return out
 
-    def _launch_matmul(
-        self,
-        problem: Problem,
-        config: Config,
-        x: torch.Tensor,
-        weights: Weights,
-        tail: Optional[torch.Tensor],
-        epilogue: _Epilogue,
-    ) -> None:
+    def _launch_matmul(self, product: _Product) -> None:
         from runtime.fused.kernels import matmul_kernel
 
+        problem, config, x, weights, tail, epilogue = product
         matrix = weights.matrix
         tiles = row_tiles(problem, config) * -(-problem.n // config.bn)
         self._launch(
@@ -312,46 +317,25 @@ class Fused:
             **epilogue.options(config),
         )
 
-    def _launch_boxes(
-        self,
-        problem: Problem,
-        config: Config,
-        x: torch.Tensor,
-        weights: Weights,
-        tail: Optional[torch.Tensor],
-        epilogue: _Epilogue,
-    ) -> None:
+    def _launch_boxes(self, product: _Product) -> None:
         from runtime.fused.hopper import tma_matmul_kernel
 
-        grid, operands, boxes = self._boxes(problem, config, x, weights, tail, epilogue)
-        scaling = weights.fp8 or Scaling(weights.matrix, 1.0)
-        self._launch(tma_matmul_kernel, grid, *operands, *scaling, **boxes, **epilogue.options(config))
+        grid, operands, boxes = self._boxes(product)
+        scaling = product.weights.fp8 or Scaling(product.weights.matrix, 1.0)
+        options = product.epilogue.options(product.config)
+        self._launch(tma_matmul_kernel, grid, *operands, *scaling, **boxes, **options)
 
-    def _launch_fed(
-        self,
-        problem: Problem,
-        config: Config,
-        x: torch.Tensor,
-        weights: Weights,
-        tail: Optional[torch.Tensor],
-        epilogue: _Epilogue,
-    ) -> None:
+    def _launch_fed(self, product: _Product) -> None:
         from runtime.fused.fed import fed_matmul_kernel
 
-        grid, operands, boxes = self._boxes(problem, config, x, weights, tail, epilogue)
-        options = epilogue.options(config, without=("FP8",))
-        self._launch(fed_matmul_kernel, grid, *operands, maxnreg=fed_registers(problem, config), **boxes, **options)
+        grid, operands, boxes = self._boxes(product)
+        options = product.epilogue.options(product.config, without=("FP8",))
+        registers = fed_registers(product.problem, product.config)
+        self._launch(fed_matmul_kernel, grid, *operands, maxnreg=registers, **boxes, **options)
 
-    def _boxes(
-        self,
-        problem: Problem,
-        config: Config,
-        x: torch.Tensor,
-        weights: Weights,
-        tail: Optional[torch.Tensor],
-        epilogue: _Epilogue,
-    ) -> Tuple[Tuple[int, ...], Tuple[Any, ...], Dict[str, Any]]:
+    def _boxes(self, product: _Product) -> Tuple[Tuple[int, ...], Tuple[Any, ...], Dict[str, Any]]:
         """The grid, operands and compile-time values of both kernels that take boxes of pixels."""
+        problem, config, x, weights, tail, epilogue = product
         linear = problem.taps == 1
         sizes = (1, 1, problem.m) if linear else (problem.images, problem.height, problem.width)
         images, oh, ow = sizes
@@ -386,15 +370,8 @@ class Fused:
         }
         return (tiles, config.splits, problem.nets), operands, options
 
-    def _launch_columns(
-        self,
-        problem: Problem,
-        config: Config,
-        x: torch.Tensor,
-        weights: Weights,
-        tail: Optional[torch.Tensor],
-        epilogue: _Epilogue,
-    ) -> None:
+    def _launch_columns(self, product: _Product) -> None:
+        problem, config, x, weights, tail, epilogue = product
         kernel = _column_kernel(config)
         swap = config.bx != 8
         images = config.bm // (config.by * config.bx)
@@ -434,17 +411,10 @@ class Fused:
             **options,
         )
 
-    def _launch_resident(
-        self,
-        problem: Problem,
-        config: Config,
-        x: torch.Tensor,
-        weights: Weights,
-        tail: Optional[torch.Tensor],
-        epilogue: _Epilogue,
-    ) -> None:
+    def _launch_resident(self, product: _Product) -> None:
         from runtime.fused.resident import resident_matmul_kernel
 
+        problem, config, x, weights, _, epilogue = product
         parts = 2 if problem.gated else 1
         groups = -(-problem.n // (config.bn * config.walk))
         self._launch(

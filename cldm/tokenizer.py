@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, List, Optional, Set, Tuple
+from typing import TYPE_CHECKING, Any, Callable, List, Optional, Sequence, Set, Tuple
 
 import numpy as np
 
@@ -52,8 +52,8 @@ class Tokenizer:
                 f"the tokenizer has {len(self._tokenizer)} tokens, but {config.name}'s text encoder only"
                 f" {config.text.vocab_size}: models/{config.tokenizer} belongs to another model"
             )
-        special = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id, self._tokenizer.pad_token_id)
-        if None in special:
+        self._special = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id, self._tokenizer.pad_token_id)
+        if None in self._special:
             raise ValueError(
                 f"tokenizer_config.json in {Path(config.folder) / config.tokenizer} names no bos_token, eos_token or"
                 " pad_token: copy CLIP's"
@@ -61,13 +61,16 @@ class Tokenizer:
 
     def __call__(self, texts: List[str]) -> Tuple[np.ndarray, List[str]]:
         """Ids of the texts, and a warning for each text that was too long, naming what was cut."""
-        rows = np.full((len(texts), self.max_length), self._tokenizer.pad_token_id, dtype=np.int32)
-        rows[:, 0] = self._tokenizer.bos_token_id
+        start, end, padding = self._special
+        room = self.max_length - 2
+        rows = np.full((len(texts), self.max_length), padding, dtype=np.int32)
+        warnings: List[str] = []
         for row, text in zip(rows, texts):
-            ids = self._ids(text)[: self.max_length - 2]
-            row[1 : 1 + len(ids)] = ids
-            row[1 + len(ids)] = self._tokenizer.eos_token_id
-        warnings = [w for text in texts for w in self._cut(text)]
+            ids = self._ids(text)
+            kept = (start, *ids[:room], end)
+            row[: len(kept)] = kept
+            if len(ids) > room:
+                warnings.append(self._cut(ids, room))
         for warning in set(warnings) - self._told:  # once, however often the same text comes
             log.warning(warning)
         self._told.update(warnings)
@@ -76,14 +79,11 @@ class Tokenizer:
     def _encode(self, text: str) -> Tuple[int, ...]:
         return tuple(self._tokenizer(text, add_special_tokens=False, return_attention_mask=False)["input_ids"])
 
-    def _cut(self, text: str) -> List[str]:
-        ids = self._ids(text)
-        room = self.max_length - 2
-        if len(ids) <= room:
-            return []
+    def _cut(self, ids: Sequence[int], room: int) -> str:
+        """Names what there was no room for."""
         dropped = self._tokenizer.decode(list(ids[room:]))
         shown = dropped if len(dropped) <= 200 else dropped[:200] + " ..."
-        return [f"the text is {len(ids)} tokens long, CLIP takes {room}: {len(ids) - room} were cut: {shown!r}"]
+        return f"the text is {len(ids)} tokens long, CLIP takes {room}: {len(ids) - room} were cut: {shown!r}"
 
 
 def find_tokenizer(config: ModelConfig, weights: Weights, report: Callable[[str], None] = log.warning) -> Tokenizer:

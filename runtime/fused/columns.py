@@ -72,8 +72,14 @@ def load_column(
 
 
 @gluon.jit
-def first_tap(net, x0, y0, TAPS: gl.constexpr, SWAP: gl.constexpr):
-    """The net whose map is read, and where a tile's first tap falls in it."""
+def column_tile(
+    tile, net, images, OH, OW, TAPS: gl.constexpr, SWAP: gl.constexpr, BB: gl.constexpr, BY: gl.constexpr,
+    BN: gl.constexpr,
+):  # fmt: skip
+    """As `tile_place`; then the net whose map is read, and where the first tap falls in it."""
+    tiles_x = gl.cdiv(OH if SWAP else OW, 8)
+    tiles_y = gl.cdiv(OW if SWAP else OH, BY)
+    n0, x0, y0, b0 = tile_place(tile, tiles_x, tiles_y, images, BB, BY, 8, BN)
     x_net = net
     left = x0 - 1
     top = y0 - 1
@@ -85,7 +91,16 @@ def first_tap(net, x0, y0, TAPS: gl.constexpr, SWAP: gl.constexpr):
         else:
             left += net % 2
             top += net // 2
-    return x_net, left, top
+    return n0, x0, y0, b0, x_net, left, top
+
+
+@gluon.jit
+def column_part(split, splits, convs, tail_blocks, NT: gl.constexpr, SPLIT: gl.constexpr):
+    """A program's part of the sum, in columns and in blocks: NT a column, and one of the tail."""
+    first, last = part_of_sum(split, splits, convs + tail_blocks, SPLIT)
+    begin = NT * gl.minimum(first, convs) + gl.maximum(first - convs, 0)
+    end = NT * gl.minimum(last, convs) + gl.maximum(last - convs, 0)
+    return first, last, begin, end
 
 
 @gluon.jit
@@ -176,15 +191,9 @@ def column_conv_kernel(
     tile = gl.program_id(0)
     split = gl.program_id(1)
     net = gl.program_id(2)
-    tiles_x = gl.cdiv(OH if SWAP else OW, 8)
-    tiles_y = gl.cdiv(OW if SWAP else OH, BY)
-    n0, x0, y0, b0 = tile_place(tile, tiles_x, tiles_y, images, BB, BY, 8, BN)
-    x_net, left, top = first_tap(net, x0, y0, TAPS, SWAP)
+    n0, x0, y0, b0, x_net, left, top = column_tile(tile, net, images, OH, OW, TAPS, SWAP, BB, BY, BN)
     convs = NT * blocks
-    first, last = part_of_sum(split, splits, convs + tail_blocks, SPLIT)
-    # In blocks: NT a column, and one of the tail.
-    begin = NT * gl.minimum(first, convs) + gl.maximum(first - convs, 0)
-    end = NT * gl.minimum(last, convs) + gl.maximum(last - convs, 0)
+    first, last, begin, end = column_part(split, splits, convs, tail_blocks, NT, SPLIT)
     # Without this the compiler keeps a path around the loop, and the assembler lets one product wait for the other.
     gl.assume(begin < end)
 

@@ -23,6 +23,7 @@ from runtime.fused.hopper import (
     copy_weights,
     epilogue_operands,
     finish,
+    next_slot,
     part_of_sum,
     tile_place,
 )
@@ -78,10 +79,7 @@ def _feed(
             tap, block, slot, x, tail, x_net, b0, y0, x0, net, cin, a_slots, full, TAPS, STRIDE, HAS_TAIL, BK
         )  # fmt: skip
         tap, block = _next_block(tap, block, blocks, TAPS)
-        slot += 1
-        if slot == STAGES:
-            slot = 0
-            phase ^= 1
+        slot, phase = next_slot(slot, phase, STAGES)
 
 
 @gluon.jit
@@ -127,10 +125,7 @@ def _multiply(
         gl.thread_barrier()
         mbarrier.expect(empty.index(before), 0, pred=k > first)
         before = slot
-        slot += 1
-        if slot == STAGES:
-            slot = 0
-            phase ^= 1
+        slot, phase = next_slot(slot, phase, STAGES)
     if GATED:
         acc, gate = warpgroup_mma_wait(0, deps=(acc, gate))
     else:

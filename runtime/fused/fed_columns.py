@@ -16,9 +16,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from runtime.fused.columns import column_pixels, first_tap, load_column, load_weights
+from runtime.fused.columns import column_part, column_pixels, column_tile, load_column, load_weights
 from runtime.fused.fed import FEEDER_REGISTERS
-from runtime.fused.hopper import epilogue_operands, finish, part_of_sum, tile_place
+from runtime.fused.hopper import epilogue_operands, finish, next_slot
 
 
 @gluon.jit
@@ -40,10 +40,7 @@ def _feed_weights(
     for k in range(begin + STAGES, end):
         mbarrier.wait(empty.index(slot), phase)
         load_weights(k, slot, w, net, n0, blocks, cin, b_slots, full, NT, SWAP, BK)
-        slot += 1
-        if slot == STAGES:
-            slot = 0
-            phase ^= 1
+        slot, phase = next_slot(slot, phase, STAGES)
 
 
 @gluon.jit
@@ -63,10 +60,7 @@ def _feed_columns(
     for column in range(first + COLUMNS, last):
         mbarrier.wait(empty.index(place), phase)
         load_column(column, place, x, halo, tail, x_net, b0, top, left, blocks, pool, full, NT, HAS_TAIL, BB, BY, BK)
-        place += 1
-        if place == COLUMNS:
-            place = 0
-            phase ^= 1
+        place, phase = next_slot(place, phase, COLUMNS)
 
 
 @gluon.jit
@@ -115,20 +109,14 @@ def _multiply(
         mbarrier.expect(b_empty.index(before), 0, pred=k > begin)
         mbarrier.expect(a_empty.index(gl.where(place == 0, COLUMNS, place) - 1), 0, pred=(row == 0) & (k > begin))
         before = slot
-        slot += 1
-        if slot == STAGES:
-            slot = 0
-            phase ^= 1
+        slot, phase = next_slot(slot, phase, STAGES)
         row += 1
         rows = NT
         if HAS_TAIL:
             rows = gl.where(k < convs * NT, NT, 1)
         if row == rows:
             row = 0
-            place += 1
-            if place == COLUMNS:
-                place = 0
-                place_phase ^= 1
+            place, place_phase = next_slot(place, place_phase, COLUMNS)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     return acc, operands[0], operands[1], operands[2], operands[3]
 
@@ -204,15 +192,9 @@ def fed_column_conv_kernel(
     tile = gl.program_id(0)
     split = gl.program_id(1)
     net = gl.program_id(2)
-    tiles_x = gl.cdiv(OH if SWAP else OW, 8)
-    tiles_y = gl.cdiv(OW if SWAP else OH, BY)
-    n0, x0, y0, b0 = tile_place(tile, tiles_x, tiles_y, images, BB, BY, 8, BN)
-    x_net, left, top = first_tap(net, x0, y0, TAPS, SWAP)
+    n0, x0, y0, b0, x_net, left, top = column_tile(tile, net, images, OH, OW, TAPS, SWAP, BB, BY, BN)
     convs = NT * blocks
-    first, last = part_of_sum(split, splits, convs + tail_blocks, SPLIT)
-    # In blocks: NT a column, and one of the tail.
-    begin = NT * gl.minimum(first, convs) + gl.maximum(first - convs, 0)
-    end = NT * gl.minimum(last, convs) + gl.maximum(last - convs, 0)
+    first, last, begin, end = column_part(split, splits, convs, tail_blocks, NT, SPLIT)
     # Or else the path around the loop, with its sums of zeros, makes the assembler wait for each product.
     gl.assume(begin < end)
 

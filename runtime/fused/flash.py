@@ -66,7 +66,7 @@ def _place(tile, tiles_m, heads, batches):
 
 @gluon.jit
 def _next(slot, phase, STAGES: gl.constexpr):
-    """The ring's next slot, and the phase of its barrier."""
+    """What `hopper.next_slot` gives, by selections: its branch makes other code of the loops here."""
     last = slot == STAGES - 1
     return gl.where(last, 0, slot + 1), gl.where(last, phase ^ 1, phase)
 
@@ -106,31 +106,12 @@ def _fill(q, k, v, rings, grid, queries, keys_shared, PDL: gl.constexpr):
         turn ^= 1
 
 
-@gluon.constexpr_function
-def _first_part(dim):
-    """The largest power of two that is not above a head's channels, at least a product's 16."""
-    return max(16, 1 << (dim.bit_length() - 1))
-
-
-@gluon.constexpr_function
-def _second_part(dim):
-    """What the other channels take, a power of two as well; or 0."""
-    rest = dim - _first_part(dim)
-    return max(16, 1 << (rest - 1).bit_length()) if rest > 0 else 0
-
-
 @gluon.jit
-def _scores(q, k, zeros, D: gl.constexpr):
-    """Start q k.T over the first D channels, and a few of the zeros behind them."""
-    FIRST: gl.constexpr = _first_part(D)
-    SECOND: gl.constexpr = _second_part(D)
-    scores = warpgroup_mma(
-        q.slice(0, FIRST, 1), k.slice(0, FIRST, 1).permute((1, 0)), zeros, use_acc=False, is_async=True
-    )
-    if SECOND > 0:
-        scores = warpgroup_mma(
-            q.slice(FIRST, SECOND, 1), k.slice(FIRST, SECOND, 1).permute((1, 0)), scores, is_async=True
-        )
+def _scores(q, k, zeros, D1: gl.constexpr, D2: gl.constexpr):
+    """Start q k.T over the first D1 + D2 channels."""
+    scores = warpgroup_mma(q.slice(0, D1, 1), k.slice(0, D1, 1).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    if D2 > 0:
+        scores = warpgroup_mma(q.slice(D1, D2, 1), k.slice(D1, D2, 1).permute((1, 0)), scores, is_async=True)
     return scores
 
 
@@ -157,8 +138,8 @@ def _weigh(scores, top, start, keys, factor, EVEN: gl.constexpr, BN: gl.constexp
 
 @gluon.jit
 def _attend(
-    team: gl.constexpr, rings, grid, result, keys, factor, D: gl.constexpr, EVEN: gl.constexpr,
-    POLYNOMIALS: gl.constexpr, WARPS: gl.constexpr,
+    team: gl.constexpr, rings, grid, result, keys, factor, D: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr,
+    EVEN: gl.constexpr, POLYNOMIALS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """A team's queries of each of its program's tiles."""
     out, length, ldo, out_net, out_batch = result
@@ -191,7 +172,7 @@ def _attend(
         mbarrier.wait(q_full.index(team), turn)
         turn ^= 1
         mbarrier.wait(full.index(slot), phase)
-        scores = _scores(q, k_slots.index(slot).reshape([BN, WIDE]), zeros, D)
+        scores = _scores(q, k_slots.index(slot).reshape([BN, WIDE]), zeros, D1, D2)
         scores = warpgroup_mma_wait(0, deps=(scores,))
         top = gl.full((ROWS,), -1.0e30, gl.float32, layout=of_scores)
         top, shrink, p, total = _weigh(scores, top, 0, keys, factor, EVEN, BN, POLYNOMIALS)
@@ -202,7 +183,7 @@ def _attend(
             slot, phase = _next(slot, phase, STAGES)
             if block == 1:
                 mbarrier.wait(full.index(slot), phase)
-            scores = _scores(q, k_slots.index(slot).reshape([BN, WIDE]), zeros, D)
+            scores = _scores(q, k_slots.index(slot).reshape([BN, WIDE]), zeros, D1, D2)
             acc = warpgroup_mma(weights, v_slots.index(before).reshape([BN, WIDE]), acc, is_async=True)
             scores = warpgroup_mma_wait(1, deps=(scores,))
             top, shrink, p, sums = _weigh(scores, top, block * BN, keys, factor, EVEN, BN, POLYNOMIALS)
@@ -255,6 +236,8 @@ def flash_attention_kernel(
     keys_shared,
     factor,
     D: gl.constexpr,
+    D1: gl.constexpr,
+    D2: gl.constexpr,
     EVEN: gl.constexpr,
     STAGES: gl.constexpr,
     TEAMS: gl.constexpr,
@@ -263,6 +246,8 @@ def flash_attention_kernel(
     num_warps: gl.constexpr,
 ):
     """What `kernels.attention_kernel` computes, not causal; q, k, v (nets, images, rows, heads, D) as descriptors.
+
+    Of the channels, D1 + D2 are multiplied: D and a few of the zeros behind them.
 
     A program takes every so many-th of `tiles` tiles of queries, `tiles_m` of which are a head's.
     """
@@ -291,7 +276,7 @@ def flash_attention_kernel(
     if TEAMS == 1:
         gl.warp_specialize(
             [
-                (_attend, (0, rings, grid, result, keys, factor, D, EVEN, POLYNOMIALS, num_warps)),
+                (_attend, (0, rings, grid, result, keys, factor, D, D1, D2, EVEN, POLYNOMIALS, num_warps)),
                 (_fill, (q, k, v, rings, grid, queries, keys_shared, PDL)),
             ],
             [1],
@@ -300,8 +285,8 @@ def flash_attention_kernel(
     elif TEAMS == 2:
         gl.warp_specialize(
             [
-                (_attend, (0, rings, grid, result, keys, factor, D, EVEN, POLYNOMIALS, num_warps)),
-                (_attend, (1, rings, grid, result, keys, factor, D, EVEN, POLYNOMIALS, num_warps)),
+                (_attend, (0, rings, grid, result, keys, factor, D, D1, D2, EVEN, POLYNOMIALS, num_warps)),
+                (_attend, (1, rings, grid, result, keys, factor, D, D1, D2, EVEN, POLYNOMIALS, num_warps)),
                 (_fill, (q, k, v, rings, grid, queries, keys_shared, PDL)),
             ],
             [num_warps, 1],
@@ -310,9 +295,9 @@ def flash_attention_kernel(
     else:
         gl.warp_specialize(
             [
-                (_attend, (0, rings, grid, result, keys, factor, D, EVEN, POLYNOMIALS, num_warps)),
-                (_attend, (1, rings, grid, result, keys, factor, D, EVEN, POLYNOMIALS, num_warps)),
-                (_attend, (2, rings, grid, result, keys, factor, D, EVEN, POLYNOMIALS, num_warps)),
+                (_attend, (0, rings, grid, result, keys, factor, D, D1, D2, EVEN, POLYNOMIALS, num_warps)),
+                (_attend, (1, rings, grid, result, keys, factor, D, D1, D2, EVEN, POLYNOMIALS, num_warps)),
+                (_attend, (2, rings, grid, result, keys, factor, D, D1, D2, EVEN, POLYNOMIALS, num_warps)),
                 (_fill, (q, k, v, rings, grid, queries, keys_shared, PDL)),
             ],
             [num_warps, num_warps, 1],

@@ -22,6 +22,16 @@ from runtime.fused.kernels import activate, sum_of_parts
 
 
 @gluon.jit
+def next_slot(slot, phase, STAGES: gl.constexpr):
+    """A ring's next slot, and the phase of its barrier."""
+    slot += 1
+    if slot == STAGES:
+        slot = 0
+        phase ^= 1
+    return slot, phase
+
+
+@gluon.jit
 def copy_weights(
     tap, block, slot, w, net, n0, n, cin, b_slots, g_slots, bars, SIZE: gl.constexpr, GATED: gl.constexpr,
     BK: gl.constexpr,

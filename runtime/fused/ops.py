@@ -335,32 +335,13 @@ class Fused:
 
     def _boxes(self, product: _Product) -> Tuple[Tuple[int, ...], Tuple[Any, ...], Dict[str, Any]]:
         """The grid, operands and compile-time values of both kernels that take boxes of pixels."""
-        problem, config, x, weights, tail, epilogue = product
+        problem, config, x, weights, tail, _ = product
         linear = problem.taps == 1
         sizes = (1, 1, problem.m) if linear else (problem.images, problem.height, problem.width)
-        images, oh, ow = sizes
         images_of_box = config.bm // (config.by * config.bx)
         block = (1, images_of_box, config.by, config.bx, config.bk)
-        matrix = weights.matrix
-        tiles = row_tiles(problem, config) * -(-problem.n // config.bn)
         maps = _strided_descriptor(x, block) if problem.stride > 1 else _map_descriptor(x, block, linear)
-        operands = (
-            maps,
-            maps if tail is None else _map_descriptor(tail, block, linear),
-            _descriptor(matrix, list(matrix.shape), list(matrix.stride()), (1, config.bn, config.bk)),
-            *epilogue.tensors,
-            *self._split_scratch(x.device, problem, config, tiles),
-            images,
-            problem.n,
-            oh,
-            ow,
-            problem.cin,
-            -(-problem.cin // config.bk),
-            -(-problem.tail // config.bk),
-            *epilogue.row_steps,
-            *epilogue.net_steps,
-            config.splits,
-        )
+        grid, operands = self._behind_maps(product, *sizes)
         options = {
             "BB": images_of_box,
             "BY": config.by,
@@ -368,7 +349,31 @@ class Fused:
             "STRIDE": problem.stride,
             "STATIC": weights.static,
         }
-        return (tiles, config.splits, problem.nets), operands, options
+        return grid, (maps, maps if tail is None else _map_descriptor(tail, block, linear), *operands), options
+
+    def _behind_maps(
+        self, product: _Product, images: int, height: int, width: int
+    ) -> Tuple[Tuple[int, ...], Tuple[Any, ...]]:
+        """The grid of the kernels that take boxes, and their operands from the weights on; of a map of such a size."""
+        problem, config, x, weights, _, epilogue = product
+        matrix = weights.matrix
+        tiles = row_tiles(problem, config) * -(-problem.n // config.bn)
+        operands = (
+            _descriptor(matrix, list(matrix.shape), list(matrix.stride()), (1, config.bn, config.bk)),
+            *epilogue.tensors,
+            *self._split_scratch(x.device, problem, config, tiles),
+            images,
+            problem.n,
+            height,
+            width,
+            problem.cin,
+            -(-problem.cin // config.bk),
+            -(-problem.tail // config.bk),
+            *epilogue.row_steps,
+            *epilogue.net_steps,
+            config.splits,
+        )
+        return (tiles, config.splits, problem.nets), operands
 
     def _launch_columns(self, product: _Product) -> None:
         problem, config, x, weights, tail, epilogue = product
@@ -377,31 +382,18 @@ class Fused:
         images = config.bm // (config.by * config.bx)
         by = config.bx if swap else config.by
         block = (1, by, images, 8, config.bk)
-        matrix = weights.matrix
-        tiles = row_tiles(problem, config) * -(-problem.n // config.bn)
         maps = _column_descriptor(x, block, swap)
+        grid, operands = self._behind_maps(product, problem.images, problem.height, problem.width)
         options = epilogue.options(config, without=("GATED", "FP8"))
         if config.feeder:
             options["maxnreg"] = fed_registers(problem, config)
         self._launch(
             kernel,
-            (tiles, config.splits, problem.nets),
+            grid,
             maps,
             _column_descriptor(x, (1, 2 if problem.taps == 9 else 1, *block[2:]), swap),
             maps if tail is None else _column_descriptor(tail, block, swap),
-            _descriptor(matrix, list(matrix.shape), list(matrix.stride()), (1, config.bn, config.bk)),
-            *epilogue.tensors,
-            *self._split_scratch(x.device, problem, config, tiles),
-            problem.images,
-            problem.n,
-            problem.height,
-            problem.width,
-            problem.cin,
-            problem.cin // config.bk,
-            problem.tail // config.bk,
-            *epilogue.row_steps,
-            *epilogue.net_steps,
-            config.splits,
+            *operands,
             BB=images,
             BY=by,
             SWAP=swap,
@@ -589,9 +581,7 @@ class Fused:
         from runtime.fused.kernels import attention_kernel
 
         dim, batch = problem.dim, out.shape[1]
-        # At least 16, which tensor cores take at once.
-        d1 = max(16, 1 << (dim.bit_length() - 1))
-        d2 = 0 if d1 >= dim else max(16, _power_of_two(dim - d1))
+        d1, d2 = _parts_of_head(dim)
         eight = 16 // q.element_size()
         unit = 1 if all(step % 16 == 0 for x in (q, k, v) for step in x.stride()[:-1]) else eight
         self._launch(
@@ -646,6 +636,7 @@ class Fused:
         tiles_m = -(-problem.length // config.bm)
         tiles = tiles_m * problem.heads * problem.images
         batch, wide = out.shape[1], flash_width(problem)
+        d1, d2 = _parts_of_head(problem.dim)
         self._launch(
             flash_attention_kernel,
             (min(tiles, flash_programs(problem, config, self.tuning.card)),),
@@ -665,6 +656,8 @@ class Fused:
             batch // k.shape[1],
             problem.dim**-0.5 * LOG2_E,
             D=problem.dim,
+            D1=d1,
+            D2=d2,
             EVEN=problem.keys % config.bn == 0,
             STAGES=config.stages,
             TEAMS=config.teams,
@@ -963,6 +956,12 @@ def _descriptor(tensor: torch.Tensor, shape: List[int], strides: List[int], bloc
 def _block_of(channels: int, most: int) -> int:
     """The largest power of two up to `most` that divides the channels, 16 at least."""
     return max(16, math.gcd(channels, most))
+
+
+def _parts_of_head(dim: int) -> Tuple[int, int]:
+    """A head's channels as one power of two, or the sum of two; at least 16 each, which tensor cores take at once."""
+    first = max(16, 1 << (dim.bit_length() - 1))
+    return first, 0 if first >= dim else max(16, _power_of_two(dim - first))
 
 
 def _power_of_two(value: int) -> int:

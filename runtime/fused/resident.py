@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from runtime.fused.hopper import next_slot
 from runtime.fused.kernels import activate
 
 
@@ -188,10 +189,7 @@ def _walk(
             if (k > 0) & (ahead < total):
                 before = gl.where(slot == 0, STAGES, slot) - 1
                 _load_weights(ahead, before, w, net, n0, b_slots, bars, BLOCKS, BN, BK, TEAMS)
-            slot += 1
-            if slot == STAGES:
-                slot = 0
-                phase ^= 1
+            slot, phase = next_slot(slot, phase, STAGES)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         gl.thread_barrier()
         # The same of the tile's last block, before the epilogue and not behind it.

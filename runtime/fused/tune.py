@@ -31,7 +31,7 @@ from runtime.fused.tuning import (
 # More than any card's L2 cache, so that weights come from memory.
 POOL_BYTES = 192 << 20
 MOST_LAUNCHES = 16
-# The version whose Gluon `hopper`, `columns` and `resident` are written in.
+# The version whose Gluon the kernels for compute capability 9.0 are written in.
 GLUON_TRITON = "3.6."
 REPLAYS = 4
 NETWORK_REPLAYS = 14
